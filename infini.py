@@ -59,7 +59,7 @@ class InfiniConfig:
     d_ff: int = 512
     segment_len: int = 64        # N
     update: str = "delta"        # Eq. 9, or "linear": Eq. 8
-    attention: str = "infini"    # or without memory: "local" (the segment), "xl" (and the one before), "full" (everything)
+    attention: str = "infini"    # or without memory: "local" (the segment), "xl" (and the one before), "full" (all)
     causal: bool = True          # False: the encoder variant, in which a segment sees all of itself
     rope_base: float = 100.0     # small, since positions count inside the segment only
     gate_init: float = 0.0       # beta at the start; 0: half memory, half segment
@@ -117,7 +117,7 @@ def mnm(x, h, theta, w_x, w_h, w_q, w_k, w_v, lr=1.0):
 
 
 def attention(x, w_q, w_k, w_v):
-    """Plain attention over one segment, Eq. 3: nothing of it reaches the next. x: (B, N, d_model), w_*: (d_model, d)."""
+    """Plain attention, Eq. 3: nothing reaches the next segment. x: (B, N, d_model), w_*: (d_model, d)."""
     return local_attention(x @ w_q, x @ w_k, x @ w_v)
 
 
@@ -216,10 +216,10 @@ def scan(memory, k, v, update):
 # --- Inside the segment --------------------------------------------------------------------------------------------
 
 def rotary(x, positions, base):
-    """Rotary position embedding (Su et al. 2021). x: (..., T, d), positions: (T,). Returns x turned by its positions."""
+    """Rotary position embedding (Su et al. 2021). x: (..., T, d), positions: (T,). Returns x, its pairs turned."""
     half = x.shape[-1] // 2
-    frequencies = base ** (-torch.arange(half, device=x.device) / half)
-    angles = positions.unsqueeze(-1) * frequencies                            # (T, d/2) radians
+    i = torch.arange(half, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+    angles = positions.unsqueeze(-1) * base ** (-i / half)                    # (T, d/2) radians
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     x1, x2 = x.split(half, -1)
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1)
@@ -288,7 +288,7 @@ class InfiniAttention(nn.Module):
                 f"(B, T, {self.config.d_model}) with T of at least 1")
         state = self.empty_state(x) if state is None else self.check(state, x)
         q, k, v = self.project(x)
-        lengths = self.cut(x.shape[1], state.k.shape[2])
+        lengths = self.cut(x.shape[1], state.k.shape[2], self.config.form)
         outputs = []
         for piece in zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2)):
             at_end = state.k.shape[2] == self.prior and piece[0].shape[2] % self.N == 0
@@ -305,7 +305,7 @@ class InfiniAttention(nn.Module):
         c = self.config
         return heads(self.w_q(x), c.d_key), heads(self.w_k(x), c.d_key), heads(self.w_v(x), c.d_value)
 
-    def cut(self, T, L):
+    def cut(self, T, L, form):
         """Cut T new tokens where segments end: to the next end, then the complete segments, then the beginning of one.
 
         L: tokens in the state. "xl" cuts off the very first segment too, the only one that has none before it.
@@ -313,7 +313,7 @@ class InfiniAttention(nn.Module):
         to_end = self.prior - L if L < self.prior else -L % self.N
         head = min(to_end, T)
         S, tail = divmod(T - head, self.N)
-        body = [self.N] * S if self.config.form == "recurrent" else [self.N * S]
+        body = [self.N] * S if form == "recurrent" else [self.N * S]
         return [length for length in [head, *body, tail] if length]
 
     def segment(self, q, k, v, state):
@@ -337,9 +337,9 @@ class InfiniAttention(nn.Module):
         """The same for S complete segments at once, S times `segment` in one go. q, k, v: (B, H, S N, d)."""
         q, k, v = (y.unflatten(2, (-1, self.N)).transpose(1, 2) for y in (q, k, v))    # (B, S, H, N, d)
         k_seen, v_seen, memory = k, v, None
-        if self.prior:
-            before = [torch.cat([old.unsqueeze(1), new[:, :-1]], 1).detach() for old, new in ((state.k, k), (state.v, v))]
-            k_seen, v_seen = torch.cat([before[0], k], 3), torch.cat([before[1], v], 3)    # (B, S, H, 2 N, d)
+        if self.prior:    # xl: each segment sees the one before it too, without gradient      (B, S, H, 2 N, d)
+            k_seen, v_seen = (torch.cat([torch.cat([old.unsqueeze(1), new[:, :-1]], 1).detach(), new], 3)
+                              for old, new in ((state.k, k), (state.v, v)))
         a = self.attend(q, k_seen, v_seen)
         if state.memory is not None:
             M, z = scan(state.memory, k, v, self.config.update)
@@ -358,22 +358,24 @@ class InfiniAttention(nn.Module):
 
     def check(self, state, x):
         """Refuse a state that belongs to another model, batch or device, or one that an encoder can't go on from."""
-        own = self.empty_state(x)
-        ok = isinstance(state, State) and (state.memory is None) == (own.memory is None)
-        require(ok, "state", type(state).__name__, f"a State returned by a layer with attention={self.config.attention!r}")
-        names = [("state.k", state.k, own.k), ("state.v", state.v, own.v)]
-        if own.memory is not None:
-            names += [("state.memory.M", state.memory.M, own.memory.M), ("state.memory.z", state.memory.z, own.memory.z)]
-        for name, t, e in names:
-            shape = (*e.shape[:2], *(t.shape[2:3] if name in ("state.k", "state.v") else e.shape[2:3]), *e.shape[3:])
-            require(t.shape == shape, f"{name} of shape", tuple(t.shape), f"{tuple(shape)}, as the model and the batch")
-            require(t.device == x.device, f"{name} on device", t.device, f"{x.device}, as the input")
-        L = state.k.shape[2]
+        c, B, infini = self.config, x.shape[0], self.config.attention == "infini"
+        require(isinstance(state, State), "state", type(state).__name__, "a State that this layer returned")
+        require((state.memory is not None) == infini, "state", "without a memory" if infini else "one with a memory",
+                f"the state of a model with attention={c.attention!r}")
+        L = state.k.shape[2] if state.k.dim() == 4 else 0
+        parts = [("k", state.k, (B, c.n_heads, L, c.d_key)), ("v", state.v, (B, c.n_heads, L, c.d_value))]
+        if infini:
+            parts += [("memory.M", state.memory.M, (B, c.n_heads, c.d_key, c.d_value)),
+                      ("memory.z", state.memory.z, (B, c.n_heads, c.d_key))]
+            dtype, wide = state.memory.M.dtype, at_least_float32(x[:0]).dtype
+            require(dtype == wide, "state.memory of dtype", dtype, f"{wide} for an input of {x.dtype}")
+        for name, part, shape in parts:
+            require(part.shape == shape, f"state.{name} of shape", tuple(part.shape), f"{shape}, as model and batch")
+            require(part.device == x.device, f"state.{name} on device", part.device, f"{x.device}, as the input")
         require(L < self.N + self.prior, "state with open tokens", L, f"below segment_len = {self.N}")
-        require(self.config.causal or L % self.N == 0, "state", f"inside a segment ({L % self.N} tokens)",
+        require(c.causal or L % self.N == 0, "state", f"inside a segment ({L % self.N} tokens)",
                 "at the end of one: with causal=False a call begins where a segment begins")
         return state
-
 
 
 # --- The model around it -------------------------------------------------------------------------------------------
@@ -396,7 +398,7 @@ class Block(nn.Module):
 
 
 class InfiniTransformer(nn.Module):
-    """A decoder of `n_layers` blocks over tokens 0 ... vocab_size - 1."""
+    """A decoder of `n_layers` blocks over tokens 0 ... vocab_size - 1, with an output head of its own."""
 
     def __init__(self, config):
         super().__init__()
@@ -405,25 +407,35 @@ class InfiniTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = nn.RMSNorm(config.d_model)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):    # keeps the variance; PyTorch's own default is a third of it
+                nn.init.normal_(module.weight, std=module.in_features ** -0.5)
 
     def forward(self, tokens, state=None):
         """Read T more tokens of each document.
 
         tokens: (B, T) whole numbers. state: what the call before returned, None at the start of the documents.
-        Returns logits: (B, T, vocab_size) for the token after each, and the next state.
+        Returns logits for the token after each, (B, T, vocab_size), and the next state: a list with a State per layer.
         Raises ValueError on tokens or a state that do not fit the model.
         """
         self.check(tokens, state)
-        x = self.embedding(tokens)
-        state = state or [None] * len(self.blocks)
+        x = self.embedding(tokens)                                            # (B, T, d_model)
         after = []
-        for block, s in zip(self.blocks, state):
-            if self.config.checkpoint and self.training:
-                x, s = self.checkpointed(block, x, s)
-            else:
-                x, s = block(x, s)
+        for block, s in zip(self.blocks, state or [None] * len(self.blocks)):
+            run = self.recompute if self.config.checkpoint and self.training else Block.__call__
+            x, s = run(block, x, s)
             after.append(s)
         return self.head(self.norm(x)), after
+
+    @staticmethod
+    def recompute(block, x, s):
+        """Gradient checkpointing, a segment at a time (section 4.1): stored are its input and the memory before it."""
+        s = block.attention.empty_state(x) if s is None else s
+        outputs = []
+        for piece in x.split(block.attention.cut(x.shape[1], s.k.shape[2], "recurrent"), 1):
+            piece, s = checkpoint(block, piece, s, use_reentrant=False)
+            outputs.append(piece)
+        return torch.cat(outputs, 1), s
 
     def gates(self):
         """sigmoid(beta) of every head, (n_layers, n_heads): 1 reads the memory only, 0 the segment only."""
@@ -431,8 +443,73 @@ class InfiniTransformer(nn.Module):
         return torch.stack([block.attention.beta.detach() for block in self.blocks]).sigmoid()
 
     def check(self, tokens, state):
-        require(torch.is_tensor(tokens) and tokens.dim() == 2, "tokens", getattr(tokens, "shape", type(tokens)), "a tensor of shape (B, T)")
-        require(tokens.numel() > 0, "tokens of shape", tuple(tokens.shape), "at least one token of one document")
+        """Refuse what is no batch of tokens of this model, and a state with another number of layers."""
+        c, own = self.config, self.embedding.weight.device
+        require(torch.is_tensor(tokens), "tokens", type(tokens).__name__, "a tensor of shape (B, T)")
+        ok = tokens.dim() == 2 and tokens.numel() > 0
+        require(ok, "tokens of shape", tuple(tokens.shape), "(B, T), both at least 1")
         require(tokens.dtype in (torch.int32, torch.int64), "tokens of dtype", tokens.dtype, "int64 or int32")
-        low, high = tokens.min(), tokens.max()
-        require(low >= 0 and high < self.config.vocab_size, "tokens", f"{low} to {high}", f"in 0 to {self.config.vocab_size - 1}")
+        require(tokens.device == own, "tokens on device", tokens.device, f"{own}, as the model")
+        if not (torch.compiler.is_compiling() or tokens.is_meta):    # this looks at numbers, which those don't have
+            low, high = tokens.min().item(), tokens.max().item()
+            require(low >= 0 and high < c.vocab_size, "tokens", f"in {low} ... {high}", f"in 0 ... {c.vocab_size - 1}")
+        if state is not None:
+            ok = isinstance(state, list) and [type(s) for s in state] == [State] * c.n_layers
+            require(ok, "state", type(state).__name__, f"None or a list of {c.n_layers} States, one per layer")
+
+
+def inject_memory(model, update="delta", gate_init=0.0):
+    """Plug and play (section 4.3): a trained model with attention="local" becomes an Infini-Transformer.
+
+    Returns a new model with a copy of every weight. Only the betas are new, n_layers * n_heads numbers that start at
+    `gate_init`: very negative (-20) changes nothing yet, 0 gives the untrained memory half the say at once.
+    """
+    require(model.config.attention == "local", "attention of the model", repr(model.config.attention), "'local'")
+    new = InfiniTransformer(replace(model.config, attention="infini", update=update, gate_init=gate_init))
+    new.to(model.embedding.weight).load_state_dict(model.state_dict(), strict=False)    # all but the betas
+    return new.train(model.training)
+
+
+# --- Streaming -----------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def stream(model, tokens, state=None, chunk_len=2048):
+    """Read a text of any length at a constant use of memory, `chunk_len` tokens a call.
+
+    tokens: (B, T). Returns the logits after the last token, (B, vocab_size), and the state.
+    """
+    require(isinstance(chunk_len, int) and chunk_len >= 1, "chunk_len", repr(chunk_len), "a whole number of at least 1")
+    for piece in tokens.split(chunk_len, 1):
+        logits, state = model(piece, state)
+    return logits[:, -1], state
+
+
+@torch.no_grad()
+def generate(model, prompt, max_new_tokens, temperature=1.0, top_p=1.0, generator=None, state=None, on_token=None):
+    """Continue a batch of prompts, token by token, at a constant cost per token however much came before.
+
+    prompt: (B, T). temperature: 0 takes the likeliest token, 1 samples from the model's own distribution. top_p: sample
+    only from the likeliest tokens that together have this probability. generator: a torch.Generator for the samples.
+    state: of what came before the prompt. on_token: called with each new token, (B,), as soon as it is there.
+    Returns prompt and continuation, (B, T + max_new_tokens). Raises ValueError on settings that make no sense.
+    """
+    whole = isinstance(max_new_tokens, int) and max_new_tokens >= 0
+    require(whole, "max_new_tokens", repr(max_new_tokens), "a whole number of at least 0")
+    require(0 <= temperature < math.inf, "temperature", temperature, "0 or more, and finite")
+    require(0 < top_p <= 1, "top_p", top_p, "above 0 and at most 1")
+    require(model.config.causal, "causal", False, "True to generate: an encoder has no next token")
+    tokens = [prompt]
+    logits, state = stream(model, prompt, state)
+    for i in range(max_new_tokens):
+        if temperature == 0:
+            token = logits.argmax(-1, keepdim=True)                           # (B, 1)
+        else:
+            p, order = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
+            p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)                   # the likeliest one always stays
+            token = order.gather(-1, p.multinomial(1, generator=generator))
+        tokens.append(token)
+        if on_token is not None:
+            on_token(token[:, 0])
+        if i + 1 < max_new_tokens:
+            logits, state = stream(model, token, state)
+    return torch.cat(tokens, 1)

@@ -1,0 +1,804 @@
+"""The claims of the paper and of the README, each tested against something that shares no code with infini.py.
+
+The oracle below is float64 NumPy, written from the equations as loops over single tokens: slow, plain, independent.
+"""
+import copy
+import io
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from dataclasses import replace
+
+import infini
+from infini import (InfiniAttention, InfiniConfig, InfiniTransformer, Memory, State, generate, inject, inject_memory,
+                    local_attention, retrieve, rotary, sigma, stream, update_delta, update_linear)
+
+RULES = ["linear", "delta"]
+torch.set_num_threads(1)    # everything here is too small to share
+KINDS = ["infini-linear", "infini-delta", "local", "xl", "full"]
+SMALL = InfiniConfig(vocab_size=17, d_model=12, n_layers=2, n_heads=3, d_key=4, d_value=6, d_ff=20, segment_len=5,
+                     rope_base=10.0)
+
+
+# --- The oracle ----------------------------------------------------------------------------------------------------
+
+def o_sigma(x):
+    return np.array([xi + 1 if xi > 0 else math.exp(xi) for xi in x])
+
+
+def o_rotate(x, position, base):
+    half = len(x) // 2
+    y = np.zeros(len(x))
+    for i in range(half):
+        angle = position * base ** (-i / half)
+        y[i] = x[i] * math.cos(angle) - x[half + i] * math.sin(angle)
+        y[half + i] = x[half + i] * math.cos(angle) + x[i] * math.sin(angle)
+    return y
+
+
+def o_read(q, M, z):
+    """Eq. 7 for one token; an empty memory answers 0."""
+    weight = sum(o_sigma(q)[i] * z[i] for i in range(len(z)))
+    return np.zeros(M.shape[1]) if weight == 0 else o_sigma(q) @ M / weight
+
+
+def o_write(keys, values, M, z, rule):
+    """Eqs. 8 and 9 for one segment, token by token; both rules read the memory as it was before the segment."""
+    M_new, z_new = M.copy(), z.copy()
+    for k, v in zip(keys, values):
+        binding = v - o_read(k, M, z) if rule == "delta" else v
+        for i in range(len(k)):
+            M_new[i] += o_sigma(k)[i] * binding
+            z_new[i] += o_sigma(k)[i]
+    return M_new, z_new
+
+
+def o_head(q, k, v, beta, c):
+    """Eqs. 6-10 for one head of one document. q, k: (T, d_key), v: (T, d_value). Returns a: (T, d_value), M, z."""
+    T, N = len(q), c.segment_len
+    M, z = np.zeros((c.d_key, c.d_value)), np.zeros(c.d_key)
+    a = np.zeros((T, c.d_value))
+    for t in range(T):
+        s = t // N
+        if t % N == 0 and s > 0:
+            M, z = o_write(k[t - N:t], v[t - N:t], M, z, c.update)
+        first = {"infini": s * N, "local": s * N, "xl": max(0, s - 1) * N, "full": 0}[c.attention]
+        last = t if c.causal else (T - 1 if c.attention == "full" else min(T, (s + 1) * N) - 1)
+        scores = np.array([o_rotate(q[t], t, c.rope_base) @ o_rotate(k[j], j, c.rope_base) / math.sqrt(c.d_key)
+                           for j in range(first, last + 1)])
+        weights = np.exp(scores - scores.max())
+        a[t] = sum(w / weights.sum() * v[j] for w, j in zip(weights, range(first, last + 1)))
+        if c.attention == "infini":
+            g = 1 / (1 + math.exp(-beta))
+            a[t] = g * o_read(q[t], M, z) + (1 - g) * a[t]
+    if T % N == 0:
+        M, z = o_write(k[T - N:], v[T - N:], M, z, c.update)
+    return a, M, z
+
+
+def o_layer(x, w, c):
+    """Eqs. 5-11 for one document. x: (T, d_model), w: the layer's weights by name. Returns o: (T, d_model), [(M, z)]."""
+    q, k, v = x @ w["w_q.weight"].T, x @ w["w_k.weight"].T, x @ w["w_v.weight"].T
+    heads, memories = [], []
+    for h in range(c.n_heads):
+        keys, values = slice(h * c.d_key, (h + 1) * c.d_key), slice(h * c.d_value, (h + 1) * c.d_value)
+        a, M, z = o_head(q[:, keys], k[:, keys], v[:, values], w["beta"][h] if "beta" in w else 0.0, c)
+        heads.append(a)
+        memories.append((M, z))
+    return np.concatenate(heads, 1) @ w["w_o.weight"].T, memories
+
+
+def o_norm(x, gain):
+    return x / np.sqrt((x ** 2).mean(-1, keepdims=True) + np.finfo(np.float64).eps) * gain
+
+
+def o_model(model, tokens):
+    """The whole InfiniTransformer for one document. tokens: (T,). Returns logits: (T, vocab_size)."""
+    w, c = weights_of(model), model.config
+    x = w["embedding.weight"][np.asarray(tokens)]
+    for i in range(c.n_layers):
+        block = {n.removeprefix(f"blocks.{i}."): p for n, p in w.items() if n.startswith(f"blocks.{i}.")}
+        layer = {n.removeprefix("attention."): p for n, p in block.items() if n.startswith("attention.")}
+        x = x + o_layer(o_norm(x, block["norm1.weight"]), layer, c)[0]
+        y = o_norm(x, block["norm2.weight"]) @ block["up.weight"].T
+        x = x + (y * 0.5 * (1 + np.vectorize(math.erf)(y / math.sqrt(2)))) @ block["down.weight"].T
+    return o_norm(x, w["norm.weight"]) @ w["head.weight"].T
+
+
+# --- Helpers -------------------------------------------------------------------------------------------------------
+
+def weights_of(module):
+    return {name: p.detach().double().numpy() for name, p in module.named_parameters()}
+
+
+def make(kind="infini-delta", dtype=torch.float64, seed=0, **sizes):
+    """A small model with random gates and gains, so that nothing cancels or is 1 by chance."""
+    attention, _, update = kind.partition("-")
+    torch.manual_seed(seed)
+    model = InfiniTransformer(replace(SMALL, attention=attention, update=update or "delta", **sizes)).to(dtype)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() == 1:
+                p.normal_() if name.endswith("beta") else p.uniform_(0.5, 1.5)
+    return model
+
+
+def layer_of(kind="infini-delta", **sizes):
+    return make(kind, **sizes).blocks[0].attention
+
+
+def tokens_of(B, T, seed=1):
+    return torch.randint(0, SMALL.vocab_size, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def random(*shape, seed=2):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def same(a, b, tolerance=1e-10):
+    a, b = (torch.as_tensor(t).detach() for t in (a, b))
+    assert a.shape == b.shape and torch.isfinite(a).all()
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, check_dtype=False)
+
+
+def gradients(model, tokens, state=None):
+    logits, _ = model(tokens, state)
+    (logits * random(*logits.shape).to(logits)).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def filled(B=2, H=3, d_key=4, d_value=6, seed=3):
+    """A memory that holds something."""
+    memory = Memory.empty(B, H, d_key, d_value, dtype=torch.float64)
+    return update_linear(memory, random(B, H, 7, d_key, seed=seed), random(B, H, 7, d_value, seed=seed + 1))
+
+
+# --- Eqs. 1-3: the background --------------------------------------------------------------------------------------
+
+def test_eq1_rnn_carries_the_past_in_one_vector():
+    x, h, w_x, w_h = random(2, 3), random(2, 4, seed=3), random(3, 4), random(4, 4)
+    expected = [[math.tanh(sum(x[b, i] * w_x[i, j] for i in range(3)) + sum(h[b, i] * w_h[i, j] for i in range(4)))
+                 for j in range(4)] for b in range(2)]
+    same(infini.rnn(x, h, w_x, w_h), np.array(expected))
+
+
+def test_eq2_a_gradient_step_of_a_linear_one_layer_mnm_is_the_delta_rule_without_sigma_and_normaliser():
+    M, k, v = random(4, 6), random(3, 4), random(3, 6, seed=5)
+    same(infini.mnm_write([M], k, v)[0], M + k.T @ (v - k @ M))
+
+
+def test_eq2_mnm_writes_what_it_can_read_back_through_a_nonlinear_network():
+    theta = [0.3 * random(4, 16), 0.3 * random(16, 6, seed=4)]
+    k, v = random(3, 4), random(3, 6, seed=5)
+    error = [(infini.mnm_read(theta, k) - v).square().sum().item()]
+    for _ in range(200):
+        theta = infini.mnm_write(theta, k, v, lr=0.05)
+        error.append((infini.mnm_read(theta, k) - v).square().sum().item())
+    assert error[-1] < 1e-3 * error[0]
+
+
+def test_eq2_mnm_reads_the_past_only_and_its_writing_can_be_learned():
+    x, h, theta = random(2, 3), random(2, 4, seed=3), [random(5, 4)]
+    w_x, w_h, w_q, w_k, w_v = random(3, 4), random(4, 4), random(4, 5), random(4, 5, seed=8), random(4, 4, seed=9)
+    w_v.requires_grad_()
+    h1, theta1 = infini.mnm(x, h, theta, w_x, w_h, w_q, w_k, w_v)
+    controller = np.tanh(x.numpy() @ w_x.numpy() + h.numpy() @ w_h.numpy())
+    same(h1, controller + controller @ w_q.numpy() @ theta[0].numpy())
+    h2, _ = infini.mnm(x, h1, theta1, w_x, w_h, w_q, w_k, w_v)
+    assert not h1.requires_grad and torch.autograd.grad(h2.sum(), w_v)[0].abs().max() > 0
+
+
+def test_eq3_plain_attention_forgets_the_segment_before():
+    x, w_q, w_k, w_v = random(2, 5, 12), random(12, 4), random(12, 4, seed=3), random(12, 6, seed=4)
+    out = infini.attention(x, w_q, w_k, w_v)
+    for b in range(2):
+        q, k, v = (x[b] @ w for w in (w_q, w_k, w_v))
+        for t in range(5):
+            weights = np.exp([float(q[t] @ k[j]) / math.sqrt(4) for j in range(t + 1)])
+            same(out[b, t], (weights / weights.sum()) @ v[:t + 1].numpy())
+
+
+# --- Eqs. 5-11 against the oracle ----------------------------------------------------------------------------------
+
+def test_eq5_heads_are_split_by_features_not_by_tokens():
+    layer, x = layer_of(), random(2, 7, 12)
+    for y, name, d in zip(layer.project(x), ("w_q.weight", "w_k.weight", "w_v.weight"), (4, 4, 6)):
+        w = weights_of(layer)[name]
+        for b in range(2):
+            for h in range(3):
+                for t in range(7):
+                    same(y[b, h, t], w[h * d:(h + 1) * d] @ x[b, t].numpy())
+
+
+def test_eq6_local_attention_divides_by_the_root_of_d_key():
+    q, k, v = random(2, 3, 5, 4), random(2, 3, 5, 4, seed=3), random(2, 3, 5, 6, seed=4)
+    for causal in (True, False):
+        out = local_attention(q, k, v, causal)
+        for b in range(2):
+            for h in range(3):
+                for t in range(5):
+                    seen = t + 1 if causal else 5
+                    weights = np.exp([float(q[b, h, t] @ k[b, h, j]) / math.sqrt(4) for j in range(seen)])
+                    same(out[b, h, t], (weights / weights.sum()) @ v[b, h, :seen].numpy())
+
+
+def test_rope_turns_pairs_so_that_only_the_distance_counts():
+    q, k = random(4), random(4, seed=3)
+    turned = rotary(q.expand(9, 4), torch.arange(9), 10.0)
+    for t in range(9):
+        same(turned[t], o_rotate(q.numpy(), t, 10.0))
+    keys = rotary(k.expand(9, 4), torch.arange(9), 10.0)
+    same(turned[5] @ keys[2], turned[8] @ keys[5])
+
+
+def test_sigma_is_elu_plus_one_and_stays_exact_where_float32_elu_plus_one_is_lost():
+    x = torch.linspace(-30, 30, 61)
+    same(sigma(x), np.array([o_sigma([float(xi)])[0] for xi in x]), 1e-6)
+    assert (F.elu(x[:13]) + 1 == 0).any() and (sigma(x) > 0).all()
+    x = torch.tensor([-2.0, 0.0, 3.0], requires_grad=True)
+    sigma(x).sum().backward()
+    same(x.grad, np.array([math.exp(-2), 1.0, 1.0]), 1e-6)
+
+
+def test_eq7_retrieval_against_the_oracle():
+    memory, q = filled(), random(2, 3, 5, 4)
+    a_mem = retrieve(q, memory)
+    for b in range(2):
+        for h in range(3):
+            for t in range(5):
+                same(a_mem[b, h, t], o_read(q[b, h, t].numpy(), memory.M[b, h].numpy(), memory.z[b, h].numpy()))
+
+
+@pytest.mark.parametrize("rule, update", [("linear", update_linear), ("delta", update_delta)])
+def test_eq8_and_eq9_updates_against_the_oracle(rule, update):
+    memory = Memory.empty(2, 3, 4, 6, dtype=torch.float64)
+    M, z = np.zeros((2, 3, 4, 6)), np.zeros((2, 3, 4))
+    for s in range(3):
+        k, v = random(2, 3, 5, 4, seed=10 + s), random(2, 3, 5, 6, seed=20 + s)
+        memory = update(memory, k, v)
+        for b in range(2):
+            for h in range(3):
+                M[b, h], z[b, h] = o_write(k[b, h].numpy(), v[b, h].numpy(), M[b, h], z[b, h], rule)
+        same(memory.M, M)
+        same(memory.z, z)
+
+
+def test_eq10_the_gate_weighs_the_memory_and_one_minus_the_gate_the_segment():
+    beta, a_mem, a_dot = random(3), random(2, 3, 5, 6), random(2, 3, 5, 6, seed=3)
+    a = inject(beta, a_mem, a_dot)
+    for h in range(3):
+        g = 1 / (1 + math.exp(-beta[h]))
+        same(a[:, h], g * a_mem[:, h] + (1 - g) * a_dot[:, h])
+
+
+@pytest.mark.parametrize("T", [3, 5, 20, 23])
+@pytest.mark.parametrize("kind", KINDS)
+def test_eq4_and_eq11_the_whole_layer_over_many_segments_against_the_oracle(kind, T):
+    layer, x = layer_of(kind), random(2, T, 12)
+    o, state = layer(x)
+    for b in range(2):
+        expected, memories = o_layer(x[b].numpy(), weights_of(layer), layer.config)
+        same(o[b], expected)
+        if state.memory is not None:
+            for h, (M, z) in enumerate(memories):
+                same(state.memory.M[b, h], M)
+                same(state.memory.z[b, h], z)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_whole_model_against_the_oracle(kind):
+    model, tokens = make(kind), tokens_of(2, 18)
+    logits, _ = model(tokens)
+    for b in range(2):
+        same(logits[b], o_model(model, tokens[b]))
+
+
+def test_linear_memory_is_linear_attention_over_exactly_the_segments_before():
+    layer, x = layer_of("infini-linear"), random(2, 17, 12)
+    with torch.no_grad():
+        layer.beta.fill_(1e4)                                    # nothing but the memory
+        layer.w_o = torch.nn.Identity()
+    a_mem, _ = layer(x)
+    q, k, v = (y.detach().numpy() for y in layer.project(x))
+    for b in range(2):
+        for t in range(17):
+            past = range(t // 5 * 5)                             # all earlier segments, nothing of its own
+            for h in range(3):
+                w = [o_sigma(q[b, h, t]) @ o_sigma(k[b, h, j]) for j in past]
+                expected = sum(wj * v[b, h, j] for wj, j in zip(w, past)) / sum(w) if w else np.zeros(6)
+                same(a_mem[b, t, h * 6:(h + 1) * 6], expected)
+
+
+# --- Contract 1: state is a value ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_documents_in_a_batch_never_touch(kind):
+    model, tokens = make(kind), tokens_of(3, 18)
+    logits, _ = model(tokens)
+    for b in range(3):
+        same(model(tokens[b:b + 1])[0][0], logits[b])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_call_leaves_no_trace(kind):
+    model, tokens = make(kind), tokens_of(2, 18)
+    first, state = model(tokens)
+    kept = [t.clone() for t in tensors_in(state)]
+    again, _ = model(tokens)
+    model(tokens, state)
+    assert torch.equal(first, again)
+    assert all(torch.equal(a, b) for a, b in zip(kept, tensors_in(state)))
+    assert not list(model.buffers())
+    for _ in range(2):                                           # a second backward works too
+        model(tokens)[0].sum().backward()
+
+
+def tensors_in(state):
+    return [t for s in state for t in (*(s.memory or ()), s.k, s.v)]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_state_has_the_same_size_after_1_and_after_1000_segments(rule):
+    model, tokens = make("infini-" + rule, torch.float32), tokens_of(1, 5004)
+    for T, open_tokens in ((5, 0), (5000, 0), (4, 4), (5004, 4)):    # at most N - 1 = 4 tokens are open
+        _, state = stream(model, tokens[:, :T], chunk_len=333)
+        assert sum(t.numel() for t in tensors_in(state)) == 2 * 3 * (4 * (6 + 1) + open_tokens * (4 + 6))
+
+
+def test_xl_keeps_at_most_two_segments_and_full_keeps_all():
+    for kind, most in (("local", 4), ("xl", 9), ("full", 53)):
+        model, state, lengths = make(kind, torch.float32), None, []
+        for t in range(53):
+            _, state = stream(model, tokens_of(1, 1, seed=t), state)
+            lengths.append(state[0].k.shape[2])
+        assert max(lengths) == most and state[0].memory is None
+
+
+# --- Contract 2: chunking does not matter --------------------------------------------------------------------------
+
+def chunked(model, tokens, cuts):
+    outputs, state = [], None
+    for piece in tokens.split(cuts, 1):
+        logits, state = model(piece, state)
+        outputs.append(logits)
+    return torch.cat(outputs, 1), state
+
+
+@pytest.mark.parametrize("form", ["parallel", "recurrent"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_cutting_into_calls_gives_the_logits_of_one_call(kind, form):
+    model, tokens = make(kind, form=form), tokens_of(2, 33)
+    whole, state = model(tokens)
+    draw = np.random.default_rng(0)
+    ways = [[1] * 33, [5] * 6 + [3], [10, 10, 10, 3], [33], [4, 1, 5, 23], [1, 32]]
+    for _ in range(6):
+        ends = np.sort(draw.choice(np.arange(1, 33), draw.integers(1, 12), replace=False))
+        ways.append(np.diff([0, *ends, 33]).tolist())
+    for cuts in ways:
+        logits, after = chunked(model, tokens, cuts)
+        same(logits, whole)
+        for a, b in zip(tensors_in(after), tensors_in(state)):
+            same(a, b)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_gradients_flow_from_call_to_call_as_in_one_call(rule):
+    model, tokens = make("infini-" + rule), tokens_of(2, 23)
+    whole = gradients(model, tokens)
+    model.zero_grad()
+    logits, _ = chunked(model, tokens, [7, 1, 9, 6])
+    (logits * random(*logits.shape)).sum().backward()
+    for name, p in model.named_parameters():
+        same(p.grad, whole[name])
+
+
+# --- Contract 3: two forms, one function ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_parallel_equals_recurrent_gradients_too(kind, dtype, tolerance):
+    tokens = tokens_of(2, 33)
+    results = []
+    for form in ("parallel", "recurrent"):
+        model = make(kind, dtype, form=form)
+        _, state = model(tokens[:, :7])
+        logits, after = model(tokens[:, 7:], state)              # begins and ends inside a segment
+        results.append([logits, *tensors_in(after), *gradients(model, tokens).values()])
+    for a, b in zip(*results):
+        scale = max(1.0, b.abs().max().item())
+        same(a / scale, b / scale, tolerance)
+
+
+def test_parallel_really_is_another_computation():
+    calls = []
+    layer = layer_of(form="parallel")
+    layer.segment = lambda *a: calls.append(a) or InfiniAttention.segment(layer, *a)
+    layer(random(1, 50, 12))
+    assert calls == []
+
+
+# --- Contract 4: causality -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("form", ["parallel", "recurrent"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_logit_depends_on_a_later_token_by_perturbation(kind, form):
+    model, tokens = make(kind, form=form), tokens_of(1, 18)
+    logits, _ = model(tokens)
+    for t in range(18):
+        changed = tokens.clone()
+        changed[0, t] = (changed[0, t] + 1) % SMALL.vocab_size
+        other, _ = model(changed)
+        assert torch.equal(other[0, :t], logits[0, :t])
+        assert not torch.equal(other[0, t], logits[0, t])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_output_depends_on_a_later_input_by_gradient(kind):
+    layer = layer_of(kind)
+    seen = torch.autograd.functional.jacobian(lambda x: layer(x)[0].sum((0, 2)), random(1, 18, 12)).abs().sum((1, 3))
+    reach = {"local": 0, "xl": 1, "full": 18}.get(kind, 18)      # how many segments back an output may look
+    for t in range(18):
+        for j in range(18):
+            assert (seen[t, j] > 0) == (j <= t and (t // 5 - j // 5 <= reach if kind != "xl" else t // 5 == j // 5))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_encoder_sees_its_whole_segment_and_the_past_only(kind):
+    layer, x = layer_of(kind, causal=False), random(2, 18, 12)
+    o, state = layer(x)
+    for b in range(2):
+        same(o[b], o_layer(x[b].numpy(), weights_of(layer), layer.config)[0])
+    with pytest.raises(ValueError, match="causal=False"):
+        layer(x, state)                                          # 3 tokens are open
+    if kind != "full":
+        _, state = layer(x[:, :10])
+        same(layer(x[:, 10:], state)[0], o[:, 10:])              # a call that begins where a segment begins
+
+
+# --- Contract 5: gradients through the memory ----------------------------------------------------------------------
+
+@pytest.mark.parametrize("form", ["parallel", "recurrent"])
+@pytest.mark.parametrize("rule", RULES)
+def test_gradcheck_through_three_segments(rule, form):
+    layer = layer_of("infini-" + rule, form=form, segment_len=3, d_model=4, n_heads=2, d_key=2, d_value=3)
+    x = random(2, 10, 4).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, *p: layer(x)[0], (x, *layer.parameters()), atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["parallel", "recurrent"])
+@pytest.mark.parametrize("rule", RULES)
+def test_the_last_segment_teaches_the_first_what_to_write(rule, form):
+    layer, x = layer_of("infini-" + rule, form=form), random(1, 20, 12).requires_grad_()
+    layer(x)[0][:, 15:].sum().backward()
+    assert (x.grad.abs().amax(-1) > 1e-6).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpointed_gradients_are_the_same_and_store_less(kind):
+    tokens, found, stored = tokens_of(2, 103), [], []
+    for checkpoint in (False, True):
+        model = make(kind, checkpoint=checkpoint)
+        _, state = model(tokens[:, :3])
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+            logits, _ = model(tokens[:, 3:], state)
+        (logits * random(*logits.shape)).sum().backward()
+        found.append([p.grad for p in model.parameters()])
+        stored.append(sum(saved))
+    for a, b in zip(*found):
+        same(a, b)
+    assert stored[1] < 0.5 * stored[0]
+
+
+# --- Contract 6 and 7: finite numbers, an empty memory -------------------------------------------------------------
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("form", ["parallel", "recurrent"])
+@pytest.mark.parametrize("rule", RULES)
+def test_half_precision_leaves_the_memory_in_float32_and_finite(rule, form, autocast):
+    model = make("infini-" + rule, torch.float32 if autocast else torch.bfloat16, form=form)
+    reference = copy.deepcopy(model).double()
+    tokens = tokens_of(2, 203)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logits, state = model(tokens)
+    logits.float().sum().backward()
+    expected = reference(tokens)[1]
+    assert all(s.memory.M.dtype == s.memory.z.dtype == torch.float32 for s in state)
+    same(state[0].memory.z / expected[0].memory.z, torch.ones(2, 3, 4), 0.02)
+    assert torch.isfinite(logits).all() and all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_the_memory_counts_in_float32_under_autocast_where_bfloat16_stops_at_256():
+    k, v = torch.zeros(1, 1, 2, 4), torch.ones(1, 1, 2, 6)       # sigma(0) = 1
+    for update in (update_linear, update_delta):
+        memory = Memory.empty(1, 1, 4, 6)
+        with torch.autocast("cpu", torch.bfloat16):
+            for _ in range(501):
+                memory = update(memory, k, v)
+            q = torch.full((1, 1, 1, 4), 0.1)
+            a_mem = retrieve(q, memory._replace(M=memory.M + 1 / 3))
+        assert (memory.z == 1002).all()
+        same(a_mem, retrieve(q, memory._replace(M=memory.M + 1 / 3)), 1e-7)
+
+
+@pytest.mark.parametrize("form", ["parallel", "recurrent"])
+@pytest.mark.parametrize("rule", RULES)
+def test_the_first_segment_is_exactly_one_minus_the_gate_times_a_dot(rule, form):
+    layer, x = layer_of("infini-" + rule, form=form, dtype=torch.float32), random(2, 5, 12).float()
+    layer.w_o = torch.nn.Identity()
+    o, _ = layer(x)
+    a_dot = layer.attend(*layer.project(x))
+    expected = (1 - torch.sigmoid(layer.beta)).view(3, 1, 1) * a_dot
+    assert torch.equal(o, expected.transpose(1, 2).flatten(2))
+    o.sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in layer.parameters())
+
+
+def test_reading_an_empty_memory_gives_exactly_zero_with_finite_gradients():
+    for scale in (1, 1e3):                                       # e^-1000 is 0 in any precision: z stays empty there
+        q = (scale * random(2, 3, 5, 4).float()).requires_grad_()
+        a_mem = retrieve(q, Memory.empty(2, 3, 4, 6))
+        assert torch.equal(a_mem, torch.zeros(2, 3, 5, 6))
+        a_mem.sum().backward()
+        assert torch.isfinite(q.grad).all()
+    q = torch.full((1, 1, 1, 4), -90.0, requires_grad=True)      # nothing in the memory answers
+    retrieve(q, Memory(torch.ones(1, 1, 4, 6), torch.ones(1, 1, 4))).sum().backward()
+    assert torch.isfinite(q.grad).all()
+
+
+# --- Contract 8 and 9: positions, baselines ------------------------------------------------------------------------
+
+def test_the_memory_knows_no_order_inside_a_segment():
+    layer, x = layer_of("infini-linear"), random(2, 15, 12)
+    shuffled = torch.cat([s[:, torch.randperm(5, generator=torch.Generator().manual_seed(s0))]
+                          for s0, s in enumerate(x.split(5, 1))], 1)
+    a, b = layer(x)[1].memory, layer(shuffled)[1].memory
+    same(a.M, b.M)
+    same(a.z, b.z)
+    assert (a.M - layer(x.flip(2))[1].memory.M).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("form", ["parallel", "recurrent"])
+@pytest.mark.parametrize("rule", RULES)
+def test_rope_changes_the_local_attention_and_not_the_memory(rule, form):
+    x = random(2, 23, 12)
+    o, states = zip(*(layer_of("infini-" + rule, rope_base=base, form=form)(x) for base in (10.0, 1000.0)))
+    assert torch.equal(states[0].memory.M, states[1].memory.M) and torch.equal(states[0].memory.z, states[1].memory.z)
+    assert (o[0] - o[1]).abs().max() > 1e-3
+    layers = [layer_of("infini-" + rule, rope_base=base, form=form) for base in (10.0, 1000.0)]
+    for layer in layers:
+        layer.beta.data.fill_(1e4)                               # what is read does not depend on positions either
+    assert torch.equal(layers[0](x)[0], layers[1](x)[0])
+
+
+def test_local_is_the_same_model_and_only_the_betas_are_missing():
+    names = {kind: {n: p.shape for n, p in make(kind).named_parameters()} for kind in KINDS}
+    extra = {"blocks.0.attention.beta", "blocks.1.attention.beta"}
+    assert set(names["infini-delta"]) - set(names["local"]) == extra
+    assert names["local"] == names["xl"] == names["full"]
+    assert names["local"] == {n: s for n, s in names["infini-delta"].items() if n not in extra}
+
+
+def test_a_gate_of_zero_is_the_local_model_and_a_gate_of_one_reads_the_memory_only():
+    x = random(2, 23, 12)
+    layer, local = layer_of("infini-delta"), layer_of("local")
+    layer.load_state_dict(local.state_dict(), strict=False)
+    for beta in (-1e4, -math.inf):
+        layer.beta.data.fill_(beta)
+        assert torch.equal(layer(x)[0], local(x)[0])
+    layer.beta.data.fill_(math.inf)
+    o = layer(x)[0]
+    assert torch.equal(o[:, :5], torch.zeros(2, 5, 12)) and (o[:, 5:].abs().amax(-1) > 0).all()
+    layer.attend = lambda q, k, v: torch.full((*q.shape[:-1], 6), 7.0, dtype=q.dtype)
+    assert torch.equal(layer(x)[0], o)
+
+
+def test_xl_sees_one_segment_back_but_sends_no_gradient_there():
+    layer, x = layer_of("xl"), random(1, 15, 12).requires_grad_()
+    y = x.detach().clone()
+    y[0, 6] += 1
+    changed = (layer(x)[0] - layer(y)[0])[0].abs().amax(-1) > 0
+    assert changed.tolist() == [False] * 6 + [True] * 9
+    y = x.detach().clone()
+    y[0, 3] += 1
+    assert ((layer(x)[0] - layer(y)[0])[0].abs().amax(-1) > 0).tolist() == [False] * 3 + [True] * 7 + [False] * 5
+    layer(x)[0][:, 10:].sum().backward()
+    assert (x.grad[0, :10] == 0).all()
+
+
+# --- What the memory can and can't hold ----------------------------------------------------------------------------
+
+def orthogonal_keys(n, sharp=800.0):
+    """n keys with orthogonal sigma(k): 1 + sharp on one feature, e^-sharp, which is 0 even in float64, on the others."""
+    return torch.where(torch.eye(n, dtype=torch.bool), sharp, -sharp).double()[None, None]
+
+
+@pytest.mark.parametrize("update", [update_linear, update_delta])
+def test_orthogonal_keys_are_recalled_exactly(update):
+    k, v = orthogonal_keys(8), random(1, 1, 8, 6)
+    memory = Memory.empty(1, 1, 8, 6, dtype=torch.float64)
+    for s in range(4):                                           # two bindings per segment
+        memory = update(memory, k[:, :, 2 * s:2 * s + 2], v[:, :, 2 * s:2 * s + 2])
+    same(retrieve(k, memory), v)
+
+
+def test_a_key_that_all_but_misses_the_memory_still_reads_a_mean_of_it_and_delta_subtracts_that():
+    """Silent spot: the quotient of Eq. 7 does not know how little the past agrees with a key, only what it says."""
+    k, v = orthogonal_keys(8, sharp=60.0), random(1, 1, 8, 6)    # sigma is e^-60 where it was 0
+    first = update_delta(Memory.empty(1, 1, 8, 6, dtype=torch.float64), k[:, :, :2], v[:, :, :2])
+    leak = retrieve(k[:, :, 2:3], first)
+    same(leak, v[:, :, :2].mean(2, keepdim=True))
+    same(retrieve(k[:, :, 2:3], update_delta(first, k[:, :, 2:3], v[:, :, 2:3])), v[:, :, 2:3] - leak)
+    same(retrieve(k[:, :, 2:3], update_linear(first, k[:, :, 2:3], v[:, :, 2:3])), v[:, :, 2:3])
+
+
+def test_delta_leaves_m_unmodified_if_the_memory_already_answers_and_linear_does_not():
+    memory, k = filled(), random(2, 3, 5, 4)
+    v = retrieve(k, memory)
+    same(update_delta(memory, k, v).M, memory.M)
+    assert (update_linear(memory, k, v).M - memory.M).abs().max() > 0.1
+    same(update_delta(memory, k, v).z, update_linear(memory, k, v).z)
+
+
+def test_a_binding_written_again_is_kept_by_linear_but_fades_under_delta():
+    """Silent spot: z grows with every writing and M does not, so the paper's claim about delta fails at the third."""
+    k, v = orthogonal_keys(8)[:, :, :1], random(1, 1, 1, 6)
+    linear = delta = Memory.empty(1, 1, 8, 6, dtype=torch.float64)
+    share = []
+    for times in range(1, 5):
+        linear, delta = update_linear(linear, k, v), update_delta(delta, k, v)
+        same(retrieve(k, linear), v)
+        share.append((retrieve(k, delta) / v).mean().item())
+    same(np.array(share), np.array([1, 1 / 2, (1 + 1 / 2) / 3, (3 / 2 + 1 / 2) / 4]), 1e-9)
+
+
+# --- Sizes: Table 1 and Table 2 ------------------------------------------------------------------------------------
+
+def test_tables_1_and_2_memory_sizes_from_the_codes_own_state():
+    paper = InfiniConfig(vocab_size=256, d_model=1024, n_layers=12, n_heads=8, d_key=128, d_value=128, d_ff=4096,
+                         segment_len=2048)
+    sizes = {}
+    for attention in ("infini", "xl"):
+        with torch.device("meta"):
+            model = InfiniTransformer(replace(paper, attention=attention))
+            _, state = model(torch.zeros(1, 2 * 2048, dtype=torch.long))
+        sizes[attention] = sum(t.numel() for t in tensors_in(state))
+    assert sizes["infini"] == 128 * (128 + 1) * 8 * 12 == 1_585_152
+    assert sizes["xl"] == (128 + 128) * 8 * 2048 * 12 == 50_331_648
+
+
+# --- Plug and play -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("rule", RULES)
+def test_an_injected_memory_behind_closed_gates_changes_nothing(rule):
+    local, tokens = make("local"), tokens_of(2, 23)
+    model = inject_memory(local, update=rule, gate_init=-1e4)
+    assert torch.equal(model(tokens)[0], local(tokens)[0])
+    count = [sum(p.numel() for p in m.parameters()) for m in (local, model)]
+    assert count[1] - count[0] == SMALL.n_layers * SMALL.n_heads
+    assert model.config == replace(local.config, attention="infini", update=rule, gate_init=-1e4)
+    opened = inject_memory(local, update=rule, gate_init=1.0)
+    same(opened.gates(), np.full((2, 3), 1 / (1 + math.exp(-1))))
+    same(opened(tokens)[0][0], o_model(opened, tokens[0]))
+    before = local(tokens)[0]
+    opened.embedding.weight.data.zero_()                         # a copy: the old model keeps its own weights
+    assert torch.equal(local(tokens)[0], before)
+
+
+def test_gates_are_parameters_per_head_that_are_saved_and_trained():
+    model = make("infini-delta")
+    expected = torch.stack([1 / (1 + torch.exp(-model.state_dict()[f"blocks.{i}.attention.beta"])) for i in range(2)])
+    assert model.gates().shape == (2, 3)
+    same(model.gates(), expected)
+    found = gradients(model, tokens_of(2, 23))
+    assert all((found[f"blocks.{i}.attention.beta"] != 0).all() for i in range(2))
+    fresh = InfiniTransformer(SMALL).gates()
+    assert torch.equal(fresh, torch.full((2, 3), 0.5))           # neither shut nor saturated at the start
+
+
+# --- Generation ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_generation_equals_rerunning_the_whole_prefix(kind):
+    model, text = make(kind), tokens_of(3, 13)
+    out = generate(model, text, 9, temperature=0)
+    for _ in range(9):
+        text = torch.cat([text, model(text)[0][:, -1].argmax(-1, keepdim=True)], 1)
+    assert torch.equal(out, text)
+    assert torch.equal(generate(model, tokens_of(3, 13), 9, temperature=0), out)
+    assert torch.equal(generate(model, tokens_of(3, 13), 0), tokens_of(3, 13))
+
+
+def test_generation_reads_a_prompt_of_any_length_in_chunks():
+    model, text = make(), tokens_of(2, 123)
+    logits, state = stream(model, text, chunk_len=11)
+    same(logits, model(text)[0][:, -1])
+    seen = []
+    out = generate(model, text[:, 100:], 5, temperature=0, state=stream(model, text[:, :100])[1], on_token=seen.append)
+    assert torch.equal(out[:, 23:], generate(model, text, 5, temperature=0)[:, 123:])
+    assert torch.equal(torch.stack(seen, 1), out[:, 23:])
+
+
+def test_samples_follow_temperature_and_top_p_and_repeat_with_the_generators_seed():
+    model, prompt = make(), tokens_of(1, 8).expand(4000, 8)
+    def draw(seed=0, **kw):
+        return generate(model, prompt, 1, generator=torch.Generator().manual_seed(seed), **kw)[:, -1]
+    assert torch.equal(draw(), draw()) and not torch.equal(draw(), draw(1))
+    logits = model(prompt[:1])[0][0, -1].detach().numpy()
+    for temperature in (0.5, 1.0, 2.0):
+        p = np.exp(logits / temperature) / np.exp(logits / temperature).sum()
+        frequency = np.bincount(draw(temperature=temperature), minlength=17) / 4000
+        assert np.abs(frequency - p).max() < 0.04                # five standard deviations of 4,000 draws
+        for top_p in (0.3, 0.7):
+            order = np.argsort(-p)
+            nucleus = order[:np.searchsorted(np.cumsum(p[order]), top_p) + 1]
+            assert set(draw(temperature=temperature, top_p=top_p).tolist()) <= set(nucleus.tolist())
+            q = np.where(np.isin(np.arange(17), nucleus), p, 0) / p[nucleus].sum()
+            frequency = np.bincount(draw(temperature=temperature, top_p=top_p), minlength=17) / 4000
+            assert np.abs(frequency - q).max() < 0.04
+
+
+# --- Contract 10: devices, compile, files --------------------------------------------------------------------------
+
+def test_a_state_dict_loads_with_weights_only():
+    model, file = make(), io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    other = make(seed=9)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(other(tokens_of(1, 13))[0], model(tokens_of(1, 13))[0])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_compiled_model_gives_the_same_logits(rule):
+    model, tokens = make("infini-" + rule), tokens_of(2, 23)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)     # the whole graph, without a C++ compiler
+    same(compiled(tokens)[0], model(tokens)[0])
+
+
+# --- Contract 11: bad input ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("field, value", [
+    ("segment_len", 0), ("segment_len", 2.5), ("d_key", 3), ("d_key", 0), ("n_heads", -1), ("n_layers", True),
+    ("d_model", "64"), ("vocab_size", None), ("update", "hebb"), ("attention", "flash"), ("form", ["parallel"]),
+    ("causal", 1), ("checkpoint", "no"), ("rope_base", 0), ("rope_base", math.inf), ("gate_init", math.nan)])
+def test_a_config_that_makes_no_sense_is_refused_by_the_name_of_its_field(field, value):
+    with pytest.raises(ValueError, match=rf"^{field} was .*must be") as error:
+        replace(SMALL, **{field: value})
+    assert "\n" not in str(error.value) and repr(value) in str(error.value)
+
+
+def test_bad_tokens_states_and_settings_are_refused_with_one_line():
+    model, tokens = make(), tokens_of(2, 13)
+    _, state = model(tokens)
+    cases = [
+        (lambda: model(tokens + SMALL.vocab_size), "tokens"), (lambda: model(tokens - SMALL.vocab_size), "tokens"),
+        (lambda: model(tokens.float()), "float32"), (lambda: model(tokens[0]), r"\(13,\)"),
+        (lambda: model(tokens[:, :0]), r"\(2, 0\)"), (lambda: model(tokens.tolist()), "list"),
+        (lambda: model(tokens.to("meta")), "device"), (lambda: model(tokens > 3), "bool"),
+        (lambda: model(tokens[:1], state), "state"), (lambda: model(tokens, state[:1]), "2 States"),
+        (lambda: model(tokens, 3), "int"), (lambda: make("local")(tokens, state), "memory"),
+        (lambda: make(d_value=8)(tokens, state), "state.v"), (lambda: make(d_key=6)(tokens, state), "state.k"),
+        (lambda: make(segment_len=3)(tokens, state), "segment_len"), (lambda: make(n_heads=2)(tokens, state), "state.k"),
+        (lambda: make(dtype=torch.float32)(tokens, state), "float64"), (lambda: model(tokens, [None, state[1]]), "state"),
+        (lambda: model(tokens, [State(s.memory, s.k.to("meta"), s.v) for s in state]), "device"),
+        (lambda: model.blocks[0].attention(random(2, 13)), r"\(2, 13\)"),
+        (lambda: model.blocks[0].attention(random(2, 13, 7)), r"\(2, 13, 7\)"),
+        (lambda: make("local").gates(), "attention"), (lambda: inject_memory(model), "attention"),
+        (lambda: inject_memory(make("local"), update="hebb"), "update"),
+        (lambda: generate(model, tokens, -1), "max_new_tokens"), (lambda: generate(model, tokens, 2.0), "max_new_tokens"),
+        (lambda: generate(model, tokens, 3, temperature=-1), "temperature"),
+        (lambda: generate(model, tokens, 3, temperature=math.nan), "temperature"),
+        (lambda: generate(model, tokens, 3, top_p=0), "top_p"), (lambda: generate(model, tokens, 3, top_p=1.5), "top_p"),
+        (lambda: generate(model, tokens[:, :0], 3), r"\(2, 0\)"), (lambda: stream(model, tokens, chunk_len=0), "chunk_len"),
+        (lambda: generate(make(causal=False), tokens, 3), "causal"),
+    ]
+    for i, (call, match) in enumerate(cases):
+        with pytest.raises(ValueError, match=match) as error:
+            call()
+            pytest.fail(f"case {i}, {match}, was not refused")
+        assert re.fullmatch(r".+ was .+, must be .+", str(error.value)), i
