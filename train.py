@@ -1,0 +1,237 @@
+"""The training loop that passkey.py and the notebook share: AdamW, gates with a rate of their own, exact resuming.
+
+(The language model that `python train.py` will train comes with a later version.)
+"""
+import argparse
+import io
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from infini import InfiniConfig, InfiniTransformer
+
+
+# --- Training ------------------------------------------------------------------------------------------------------
+
+def make_optimizer(model, lr, gate_lr, weight_decay):
+    """AdamW with three groups: matrices, gains (no weight decay), and gates (no weight decay, a rate of their own).
+
+    Departure: the paper does not mention a rate for the gates. Adam moves a number by about its rate a step, and a beta
+    has about 4 to go from a half-open gate to an open or a shut one: with the matrices' rate it never gets there.
+    """
+    named = list(model.named_parameters())
+    gates = [p for name, p in named if name.endswith("beta")]
+    gains = [p for name, p in named if p.dim() == 1 and not name.endswith("beta")]
+    matrices = [p for name, p in named if p.dim() > 1]
+    groups = [dict(params=matrices, peak=lr, weight_decay=weight_decay), dict(params=gains, peak=lr, weight_decay=0.0),
+              dict(params=gates, peak=gate_lr, weight_decay=0.0)]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.98))
+
+
+def schedule(step, steps, warmup, final=0.1):
+    """Share of the peak learning rate at a step (from 0): a linear warm-up, then half a cosine down to `final`."""
+    return min(1, (step + 1) / warmup) * (final + (1 - final) * (1 + math.cos(math.pi * step / steps)) / 2)
+
+
+def train(model, batch, steps, path, lr, gate_lr, weight_decay=0.0, warmup=50, clip=1.0, save_every=100, resume=False,
+          settings=None):
+    """Train a model and leave it in a checkpoint.
+
+    batch: step -> (tokens, targets), both (B, T), targets of -100 do not count. It must depend on nothing but the step,
+        so that a resumed run sees what an uninterrupted one would have seen.
+    path: the checkpoint, written every `save_every` steps, at the end, and on Ctrl-C (which then ends the training with
+        KeyboardInterrupt). With `resume`, a training that stopped goes on from there, bit for bit on a CPU.
+    settings: what makes this training what it is (a dict of plain values). It is stored, and must agree to resume.
+    Returns the loss of every step. Raises ValueError on a checkpoint that does not fit, OSError on one that can't be
+    read or written.
+    """
+    optimizer, losses, settings = make_optimizer(model, lr, gate_lr, weight_decay), [], dict(settings or {})
+    device = next(model.parameters()).device
+    if resume and Path(path).exists():
+        found = read_checkpoint(path)
+        if found["config"] != asdict(model.config) or found["settings"] != settings:
+            made = {**found["config"], **found["settings"]}
+            differing = [f"{k} = {made.get(k)!r}, not {v!r}" for k, v in {**asdict(model.config), **settings}.items()
+                         if made.get(k) != v]
+            raise ValueError(f"{path} was made with {'; '.join(differing)}, must be of the same training to resume")
+        model.load_state_dict(found["model"])
+        losses = found["losses"].tolist()
+        if found["optimizer"] is None:    # it was done
+            return losses
+        optimizer.load_state_dict(found["optimizer"])
+
+    def save(done):
+        write_checkpoint(path, dict(model=model.state_dict(), config=asdict(model.config), settings=settings,
+                                    losses=torch.tensor(losses, dtype=torch.float64), torch=str(torch.__version__),
+                                    optimizer=None if done else optimizer.state_dict()))
+
+    model.train()
+    progress = Progress(len(losses), steps)
+    with interrupts() as interrupted:
+        for step in range(len(losses), steps):
+            tokens, targets = (t.to(device) for t in batch(step))
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * schedule(step, steps, warmup)
+            logits, _ = model(tokens)
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+            losses.append(loss.item())
+            progress.show(step + 1, losses, tokens.numel())
+            if interrupted.is_set():
+                save(done=False)
+                progress.close()
+                raise KeyboardInterrupt(f"stopped after step {step + 1} of {steps}; --resume goes on from {path}")
+            if (step + 1) % save_every == 0 and step + 1 < steps:
+                save(done=False)
+    save(done=True)
+    progress.close()
+    return losses
+
+
+class Progress:
+    """Step, loss, speed and time left: one refreshed line on a terminal, elsewhere a plain line every few seconds."""
+
+    def __init__(self, done, total, every=5.0):
+        self.first, self.total, self.tokens, self.every = done, total, 0, every
+        self.start, self.last, self.terminal = time.monotonic(), -math.inf, sys.stderr.isatty()
+
+    def show(self, step, losses, tokens):
+        now, self.tokens = time.monotonic(), self.tokens + tokens
+        if now - self.last < (0.2 if self.terminal else self.every) and step < self.total:
+            return
+        self.last, seconds = now, now - self.start
+        left = seconds / (step - self.first) * (self.total - step)
+        recent = losses[-20:]
+        line = (f"step {step}/{self.total}  loss {sum(recent) / len(recent):.4f}  {self.tokens / seconds:,.0f} tokens/s  "
+                f"{int(left) // 60}:{int(left) % 60:02d} left")
+        print(f"\r{line}\033[K" if self.terminal else line, end="" if self.terminal else "\n", file=sys.stderr, flush=True)
+
+    def close(self):
+        if self.terminal:
+            print(file=sys.stderr)
+
+
+@contextmanager
+def interrupts():
+    """Ctrl-C sets the event instead of stopping anywhere; pressed again, it stops at once."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():    # only there can signals be caught
+        yield event
+        return
+
+    def handler(*_):
+        if event.is_set():
+            raise KeyboardInterrupt("stopped at once; the last checkpoint is whole")
+        event.set()
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# --- Checkpoints ---------------------------------------------------------------------------------------------------
+
+def write_checkpoint(path, content):
+    """Write beside, then rename: whoever is killed in between leaves the old file whole."""
+    path, buffer = Path(path), io.BytesIO()
+    torch.save(content, buffer)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        beside.write_bytes(buffer.getbuffer())
+        os.replace(beside, path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def read_checkpoint(path):
+    """The content of a checkpoint that train() wrote. Raises OSError if it can't be read, ValueError if it is none."""
+    data = Path(path).read_bytes()
+    try:
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        return {name: content[name] for name in ("model", "config", "settings", "losses", "torch", "optimizer")}
+    except Exception as error:
+        raise ValueError(f"{path} was no checkpoint ({type(error).__name__}), must be one written by this project") from error
+
+
+def load_model(path, device="cpu"):
+    """The model in a checkpoint, ready to be used. Returns it and the settings of its training."""
+    content = read_checkpoint(path)
+    model = InfiniTransformer(InfiniConfig(**content["config"]))
+    model.load_state_dict(content["model"])
+    return model.to(device).eval(), content["settings"]
+
+
+# --- The command line ----------------------------------------------------------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but what is wrong with an argument is said in one line, and defaults are shown."""
+
+    def __init__(self, **kw):
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kw)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def whole(low, high=2 ** 31):
+    """An argument type: whole numbers from low to high."""
+    def parse(text):
+        try:
+            value = int(text.replace(",", "").replace("_", ""))
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"was {text!r}, must be a whole number from {low:,} to {high:,}")
+        return value
+    return parse
+
+
+def several(parse):
+    """An argument type: values separated by commas (or by spaces inside quotes)."""
+    return lambda text: [parse(part) for part in text.replace(",", " ").split()] or parse(text)
+
+
+def add_common_arguments(parser):
+    parser.add_argument("--seed", type=whole(0), default=0, help="of the weights and of the training data")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or mps")
+    parser.add_argument("--threads", type=whole(1, 1024), default=os.cpu_count(), help="CPU threads")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for checkpoints, tables and pictures")
+    parser.add_argument("--resume", action="store_true", help="go on with a training that was stopped")
+
+
+def prepare(args):
+    """Threads, device and seed from the common arguments. Raises ValueError if there is no such device."""
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device was {args.device!r}, must be a device of this machine, such as cpu") from error
+    args.out.mkdir(parents=True, exist_ok=True)
+
+
+def run(main):
+    """Run a command: what the user did wrong is one line on standard error and exit code 2, no traceback."""
+    try:
+        main()
+    except KeyboardInterrupt as stop:
+        print(f"\n{str(stop) or 'stopped'}", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
