@@ -5,7 +5,11 @@ The oracle below is float64 NumPy, written from the equations as loops over sing
 import copy
 import io
 import math
+import os
+import random
 import re
+import signal
+import sys
 
 import numpy as np
 import pytest
@@ -14,6 +18,8 @@ import torch.nn.functional as F
 from dataclasses import replace
 
 import infini
+import passkey
+import train
 from infini import (InfiniAttention, InfiniConfig, InfiniTransformer, Memory, State, generate, inject, inject_memory,
                     local_attention, retrieve, rotary, sigma, stream, update_delta, update_linear)
 
@@ -135,7 +141,7 @@ def tokens_of(B, T, seed=1):
     return torch.randint(0, SMALL.vocab_size, (B, T), generator=torch.Generator().manual_seed(seed))
 
 
-def random(*shape, seed=2):
+def normal(*shape, seed=2):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
@@ -147,33 +153,33 @@ def same(a, b, tolerance=1e-10):
 
 def gradients(model, tokens, state=None):
     logits, _ = model(tokens, state)
-    (logits * random(*logits.shape).to(logits)).sum().backward()
+    (logits * normal(*logits.shape).to(logits)).sum().backward()
     return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
 def filled(B=2, H=3, d_key=4, d_value=6, seed=3):
     """A memory that holds something."""
     memory = Memory.empty(B, H, d_key, d_value, dtype=torch.float64)
-    return update_linear(memory, random(B, H, 7, d_key, seed=seed), random(B, H, 7, d_value, seed=seed + 1))
+    return update_linear(memory, normal(B, H, 7, d_key, seed=seed), normal(B, H, 7, d_value, seed=seed + 1))
 
 
 # --- Eqs. 1-3: the background --------------------------------------------------------------------------------------
 
 def test_eq1_rnn_carries_the_past_in_one_vector():
-    x, h, w_x, w_h = random(2, 3), random(2, 4, seed=3), random(3, 4), random(4, 4)
+    x, h, w_x, w_h = normal(2, 3), normal(2, 4, seed=3), normal(3, 4), normal(4, 4)
     expected = [[math.tanh(sum(x[b, i] * w_x[i, j] for i in range(3)) + sum(h[b, i] * w_h[i, j] for i in range(4)))
                  for j in range(4)] for b in range(2)]
     same(infini.rnn(x, h, w_x, w_h), np.array(expected))
 
 
 def test_eq2_a_gradient_step_of_a_linear_one_layer_mnm_is_the_delta_rule_without_sigma_and_normaliser():
-    M, k, v = random(4, 6), random(3, 4), random(3, 6, seed=5)
+    M, k, v = normal(4, 6), normal(3, 4), normal(3, 6, seed=5)
     same(infini.mnm_write([M], k, v)[0], M + k.T @ (v - k @ M))
 
 
 def test_eq2_mnm_writes_what_it_can_read_back_through_a_nonlinear_network():
-    theta = [0.3 * random(4, 16), 0.3 * random(16, 6, seed=4)]
-    k, v = random(3, 4), random(3, 6, seed=5)
+    theta = [0.3 * normal(4, 16), 0.3 * normal(16, 6, seed=4)]
+    k, v = normal(3, 4), normal(3, 6, seed=5)
     error = [(infini.mnm_read(theta, k) - v).square().sum().item()]
     for _ in range(200):
         theta = infini.mnm_write(theta, k, v, lr=0.05)
@@ -182,8 +188,8 @@ def test_eq2_mnm_writes_what_it_can_read_back_through_a_nonlinear_network():
 
 
 def test_eq2_mnm_reads_the_past_only_and_its_writing_can_be_learned():
-    x, h, theta = random(2, 3), random(2, 4, seed=3), [random(5, 4)]
-    w_x, w_h, w_q, w_k, w_v = random(3, 4), random(4, 4), random(4, 5), random(4, 5, seed=8), random(4, 4, seed=9)
+    x, h, theta = normal(2, 3), normal(2, 4, seed=3), [normal(5, 4)]
+    w_x, w_h, w_q, w_k, w_v = normal(3, 4), normal(4, 4), normal(4, 5), normal(4, 5, seed=8), normal(4, 4, seed=9)
     w_v.requires_grad_()
     h1, theta1 = infini.mnm(x, h, theta, w_x, w_h, w_q, w_k, w_v)
     controller = np.tanh(x.numpy() @ w_x.numpy() + h.numpy() @ w_h.numpy())
@@ -193,7 +199,7 @@ def test_eq2_mnm_reads_the_past_only_and_its_writing_can_be_learned():
 
 
 def test_eq3_plain_attention_forgets_the_segment_before():
-    x, w_q, w_k, w_v = random(2, 5, 12), random(12, 4), random(12, 4, seed=3), random(12, 6, seed=4)
+    x, w_q, w_k, w_v = normal(2, 5, 12), normal(12, 4), normal(12, 4, seed=3), normal(12, 6, seed=4)
     out = infini.attention(x, w_q, w_k, w_v)
     for b in range(2):
         q, k, v = (x[b] @ w for w in (w_q, w_k, w_v))
@@ -205,7 +211,7 @@ def test_eq3_plain_attention_forgets_the_segment_before():
 # --- Eqs. 5-11 against the oracle ----------------------------------------------------------------------------------
 
 def test_eq5_heads_are_split_by_features_not_by_tokens():
-    layer, x = layer_of(), random(2, 7, 12)
+    layer, x = layer_of(), normal(2, 7, 12)
     for y, name, d in zip(layer.project(x), ("w_q.weight", "w_k.weight", "w_v.weight"), (4, 4, 6)):
         w = weights_of(layer)[name]
         for b in range(2):
@@ -215,7 +221,7 @@ def test_eq5_heads_are_split_by_features_not_by_tokens():
 
 
 def test_eq6_local_attention_divides_by_the_root_of_d_key():
-    q, k, v = random(2, 3, 5, 4), random(2, 3, 5, 4, seed=3), random(2, 3, 5, 6, seed=4)
+    q, k, v = normal(2, 3, 5, 4), normal(2, 3, 5, 4, seed=3), normal(2, 3, 5, 6, seed=4)
     for causal in (True, False):
         out = local_attention(q, k, v, causal)
         for b in range(2):
@@ -227,7 +233,7 @@ def test_eq6_local_attention_divides_by_the_root_of_d_key():
 
 
 def test_rope_turns_pairs_so_that_only_the_distance_counts():
-    q, k = random(4), random(4, seed=3)
+    q, k = normal(4), normal(4, seed=3)
     turned = rotary(q.expand(9, 4), torch.arange(9), 10.0)
     for t in range(9):
         same(turned[t], o_rotate(q.numpy(), t, 10.0))
@@ -245,7 +251,7 @@ def test_sigma_is_elu_plus_one_and_stays_exact_where_float32_elu_plus_one_is_los
 
 
 def test_eq7_retrieval_against_the_oracle():
-    memory, q = filled(), random(2, 3, 5, 4)
+    memory, q = filled(), normal(2, 3, 5, 4)
     a_mem = retrieve(q, memory)
     for b in range(2):
         for h in range(3):
@@ -258,7 +264,7 @@ def test_eq8_and_eq9_updates_against_the_oracle(rule, update):
     memory = Memory.empty(2, 3, 4, 6, dtype=torch.float64)
     M, z = np.zeros((2, 3, 4, 6)), np.zeros((2, 3, 4))
     for s in range(3):
-        k, v = random(2, 3, 5, 4, seed=10 + s), random(2, 3, 5, 6, seed=20 + s)
+        k, v = normal(2, 3, 5, 4, seed=10 + s), normal(2, 3, 5, 6, seed=20 + s)
         memory = update(memory, k, v)
         for b in range(2):
             for h in range(3):
@@ -268,7 +274,7 @@ def test_eq8_and_eq9_updates_against_the_oracle(rule, update):
 
 
 def test_eq10_the_gate_weighs_the_memory_and_one_minus_the_gate_the_segment():
-    beta, a_mem, a_dot = random(3), random(2, 3, 5, 6), random(2, 3, 5, 6, seed=3)
+    beta, a_mem, a_dot = normal(3), normal(2, 3, 5, 6), normal(2, 3, 5, 6, seed=3)
     a = inject(beta, a_mem, a_dot)
     for h in range(3):
         g = 1 / (1 + math.exp(-beta[h]))
@@ -278,7 +284,7 @@ def test_eq10_the_gate_weighs_the_memory_and_one_minus_the_gate_the_segment():
 @pytest.mark.parametrize("T", [3, 5, 20, 23])
 @pytest.mark.parametrize("kind", KINDS)
 def test_eq4_and_eq11_the_whole_layer_over_many_segments_against_the_oracle(kind, T):
-    layer, x = layer_of(kind), random(2, T, 12)
+    layer, x = layer_of(kind), normal(2, T, 12)
     o, state = layer(x)
     for b in range(2):
         expected, memories = o_layer(x[b].numpy(), weights_of(layer), layer.config)
@@ -298,7 +304,7 @@ def test_the_whole_model_against_the_oracle(kind):
 
 
 def test_linear_memory_is_linear_attention_over_exactly_the_segments_before():
-    layer, x = layer_of("infini-linear"), random(2, 17, 12)
+    layer, x = layer_of("infini-linear"), normal(2, 17, 12)
     with torch.no_grad():
         layer.beta.fill_(1e4)                                    # nothing but the memory
         layer.w_o = torch.nn.Identity()
@@ -391,7 +397,7 @@ def test_gradients_flow_from_call_to_call_as_in_one_call(rule):
     whole = gradients(model, tokens)
     model.zero_grad()
     logits, _ = chunked(model, tokens, [7, 1, 9, 6])
-    (logits * random(*logits.shape)).sum().backward()
+    (logits * normal(*logits.shape)).sum().backward()
     for name, p in model.named_parameters():
         same(p.grad, whole[name])
 
@@ -417,7 +423,7 @@ def test_parallel_really_is_another_computation():
     calls = []
     layer = layer_of(form="parallel")
     layer.segment = lambda *a: calls.append(a) or InfiniAttention.segment(layer, *a)
-    layer(random(1, 50, 12))
+    layer(normal(1, 50, 12))
     assert calls == []
 
 
@@ -439,7 +445,7 @@ def test_no_logit_depends_on_a_later_token_by_perturbation(kind, form):
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_output_depends_on_a_later_input_by_gradient(kind):
     layer = layer_of(kind)
-    seen = torch.autograd.functional.jacobian(lambda x: layer(x)[0].sum((0, 2)), random(1, 18, 12)).abs().sum((1, 3))
+    seen = torch.autograd.functional.jacobian(lambda x: layer(x)[0].sum((0, 2)), normal(1, 18, 12)).abs().sum((1, 3))
     reach = {"local": 0, "xl": 1, "full": 18}.get(kind, 18)      # how many segments back an output may look
     for t in range(18):
         for j in range(18):
@@ -448,7 +454,7 @@ def test_no_output_depends_on_a_later_input_by_gradient(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_encoder_sees_its_whole_segment_and_the_past_only(kind):
-    layer, x = layer_of(kind, causal=False), random(2, 18, 12)
+    layer, x = layer_of(kind, causal=False), normal(2, 18, 12)
     o, state = layer(x)
     for b in range(2):
         same(o[b], o_layer(x[b].numpy(), weights_of(layer), layer.config)[0])
@@ -465,14 +471,14 @@ def test_the_encoder_sees_its_whole_segment_and_the_past_only(kind):
 @pytest.mark.parametrize("rule", RULES)
 def test_gradcheck_through_three_segments(rule, form):
     layer = layer_of("infini-" + rule, form=form, segment_len=3, d_model=4, n_heads=2, d_key=2, d_value=3)
-    x = random(2, 10, 4).requires_grad_()
+    x = normal(2, 10, 4).requires_grad_()
     assert torch.autograd.gradcheck(lambda x, *p: layer(x)[0], (x, *layer.parameters()), atol=1e-6)
 
 
 @pytest.mark.parametrize("form", ["parallel", "recurrent"])
 @pytest.mark.parametrize("rule", RULES)
 def test_the_last_segment_teaches_the_first_what_to_write(rule, form):
-    layer, x = layer_of("infini-" + rule, form=form), random(1, 20, 12).requires_grad_()
+    layer, x = layer_of("infini-" + rule, form=form), normal(1, 20, 12).requires_grad_()
     layer(x)[0][:, 15:].sum().backward()
     assert (x.grad.abs().amax(-1) > 1e-6).all()
 
@@ -486,7 +492,7 @@ def test_checkpointed_gradients_are_the_same_and_store_less(kind):
         saved = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
             logits, _ = model(tokens[:, 3:], state)
-        (logits * random(*logits.shape)).sum().backward()
+        (logits * normal(*logits.shape)).sum().backward()
         found.append([p.grad for p in model.parameters()])
         stored.append(sum(saved))
     for a, b in zip(*found):
@@ -528,7 +534,7 @@ def test_the_memory_counts_in_float32_under_autocast_where_bfloat16_stops_at_256
 @pytest.mark.parametrize("form", ["parallel", "recurrent"])
 @pytest.mark.parametrize("rule", RULES)
 def test_the_first_segment_is_exactly_one_minus_the_gate_times_a_dot(rule, form):
-    layer, x = layer_of("infini-" + rule, form=form, dtype=torch.float32), random(2, 5, 12).float()
+    layer, x = layer_of("infini-" + rule, form=form, dtype=torch.float32), normal(2, 5, 12).float()
     layer.w_o = torch.nn.Identity()
     o, _ = layer(x)
     a_dot = layer.attend(*layer.project(x))
@@ -540,7 +546,7 @@ def test_the_first_segment_is_exactly_one_minus_the_gate_times_a_dot(rule, form)
 
 def test_reading_an_empty_memory_gives_exactly_zero_with_finite_gradients():
     for scale in (1, 1e3):                                       # e^-1000 is 0 in any precision: z stays empty there
-        q = (scale * random(2, 3, 5, 4).float()).requires_grad_()
+        q = (scale * normal(2, 3, 5, 4).float()).requires_grad_()
         a_mem = retrieve(q, Memory.empty(2, 3, 4, 6))
         assert torch.equal(a_mem, torch.zeros(2, 3, 5, 6))
         a_mem.sum().backward()
@@ -553,7 +559,7 @@ def test_reading_an_empty_memory_gives_exactly_zero_with_finite_gradients():
 # --- Contract 8 and 9: positions, baselines ------------------------------------------------------------------------
 
 def test_the_memory_knows_no_order_inside_a_segment():
-    layer, x = layer_of("infini-linear"), random(2, 15, 12)
+    layer, x = layer_of("infini-linear"), normal(2, 15, 12)
     shuffled = torch.cat([s[:, torch.randperm(5, generator=torch.Generator().manual_seed(s0))]
                           for s0, s in enumerate(x.split(5, 1))], 1)
     a, b = layer(x)[1].memory, layer(shuffled)[1].memory
@@ -565,7 +571,7 @@ def test_the_memory_knows_no_order_inside_a_segment():
 @pytest.mark.parametrize("form", ["parallel", "recurrent"])
 @pytest.mark.parametrize("rule", RULES)
 def test_rope_changes_the_local_attention_and_not_the_memory(rule, form):
-    x = random(2, 23, 12)
+    x = normal(2, 23, 12)
     o, states = zip(*(layer_of("infini-" + rule, rope_base=base, form=form)(x) for base in (10.0, 1000.0)))
     assert torch.equal(states[0].memory.M, states[1].memory.M) and torch.equal(states[0].memory.z, states[1].memory.z)
     assert (o[0] - o[1]).abs().max() > 1e-3
@@ -584,7 +590,7 @@ def test_local_is_the_same_model_and_only_the_betas_are_missing():
 
 
 def test_a_gate_of_zero_is_the_local_model_and_a_gate_of_one_reads_the_memory_only():
-    x = random(2, 23, 12)
+    x = normal(2, 23, 12)
     layer, local = layer_of("infini-delta"), layer_of("local")
     layer.load_state_dict(local.state_dict(), strict=False)
     for beta in (-1e4, -math.inf):
@@ -598,7 +604,7 @@ def test_a_gate_of_zero_is_the_local_model_and_a_gate_of_one_reads_the_memory_on
 
 
 def test_xl_sees_one_segment_back_but_sends_no_gradient_there():
-    layer, x = layer_of("xl"), random(1, 15, 12).requires_grad_()
+    layer, x = layer_of("xl"), normal(1, 15, 12).requires_grad_()
     y = x.detach().clone()
     y[0, 6] += 1
     changed = (layer(x)[0] - layer(y)[0])[0].abs().amax(-1) > 0
@@ -619,7 +625,7 @@ def orthogonal_keys(n, sharp=800.0):
 
 @pytest.mark.parametrize("update", [update_linear, update_delta])
 def test_orthogonal_keys_are_recalled_exactly(update):
-    k, v = orthogonal_keys(8), random(1, 1, 8, 6)
+    k, v = orthogonal_keys(8), normal(1, 1, 8, 6)
     memory = Memory.empty(1, 1, 8, 6, dtype=torch.float64)
     for s in range(4):                                           # two bindings per segment
         memory = update(memory, k[:, :, 2 * s:2 * s + 2], v[:, :, 2 * s:2 * s + 2])
@@ -628,7 +634,7 @@ def test_orthogonal_keys_are_recalled_exactly(update):
 
 def test_a_key_that_all_but_misses_the_memory_still_reads_a_mean_of_it_and_delta_subtracts_that():
     """Silent spot: the quotient of Eq. 7 does not know how little the past agrees with a key, only what it says."""
-    k, v = orthogonal_keys(8, sharp=60.0), random(1, 1, 8, 6)    # sigma is e^-60 where it was 0
+    k, v = orthogonal_keys(8, sharp=60.0), normal(1, 1, 8, 6)    # sigma is e^-60 where it was 0
     first = update_delta(Memory.empty(1, 1, 8, 6, dtype=torch.float64), k[:, :, :2], v[:, :, :2])
     leak = retrieve(k[:, :, 2:3], first)
     same(leak, v[:, :, :2].mean(2, keepdim=True))
@@ -637,7 +643,7 @@ def test_a_key_that_all_but_misses_the_memory_still_reads_a_mean_of_it_and_delta
 
 
 def test_delta_leaves_m_unmodified_if_the_memory_already_answers_and_linear_does_not():
-    memory, k = filled(), random(2, 3, 5, 4)
+    memory, k = filled(), normal(2, 3, 5, 4)
     v = retrieve(k, memory)
     same(update_delta(memory, k, v).M, memory.M)
     assert (update_linear(memory, k, v).M - memory.M).abs().max() > 0.1
@@ -646,7 +652,7 @@ def test_delta_leaves_m_unmodified_if_the_memory_already_answers_and_linear_does
 
 def test_a_binding_written_again_is_kept_by_linear_but_fades_under_delta():
     """Silent spot: z grows with every writing and M does not, so the paper's claim about delta fails at the third."""
-    k, v = orthogonal_keys(8)[:, :, :1], random(1, 1, 1, 6)
+    k, v = orthogonal_keys(8)[:, :, :1], normal(1, 1, 1, 6)
     linear = delta = Memory.empty(1, 1, 8, 6, dtype=torch.float64)
     share = []
     for times in range(1, 5):
@@ -786,8 +792,8 @@ def test_bad_tokens_states_and_settings_are_refused_with_one_line():
         (lambda: make(segment_len=3)(tokens, state), "segment_len"), (lambda: make(n_heads=2)(tokens, state), "state.k"),
         (lambda: make(dtype=torch.float32)(tokens, state), "float64"), (lambda: model(tokens, [None, state[1]]), "state"),
         (lambda: model(tokens, [State(s.memory, s.k.to("meta"), s.v) for s in state]), "device"),
-        (lambda: model.blocks[0].attention(random(2, 13)), r"\(2, 13\)"),
-        (lambda: model.blocks[0].attention(random(2, 13, 7)), r"\(2, 13, 7\)"),
+        (lambda: model.blocks[0].attention(normal(2, 13)), r"\(2, 13\)"),
+        (lambda: model.blocks[0].attention(normal(2, 13, 7)), r"\(2, 13, 7\)"),
         (lambda: make("local").gates(), "attention"), (lambda: inject_memory(model), "attention"),
         (lambda: inject_memory(make("local"), update="hebb"), "update"),
         (lambda: generate(model, tokens, -1), "max_new_tokens"), (lambda: generate(model, tokens, 2.0), "max_new_tokens"),
@@ -802,3 +808,194 @@ def test_bad_tokens_states_and_settings_are_refused_with_one_line():
             call()
             pytest.fail(f"case {i}, {match}, was not refused")
         assert re.fullmatch(r".+ was .+, must be .+", str(error.value)), i
+
+
+# --- train.py: the loop that everything is trained with ------------------------------------------------------------
+
+def toy_batch(step):
+    tokens = torch.randint(0, SMALL.vocab_size, (2, 13), generator=torch.Generator().manual_seed(step))
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def train_toy(path, steps=7, batch=toy_batch, **kw):
+    model = make(dtype=torch.float32)
+    kw = dict(dict(lr=1e-2, gate_lr=1e-1, weight_decay=0.1, warmup=2, save_every=2, settings=dict(seed=0)), **kw)
+    return model, train.train(model, batch, steps, path, **kw)
+
+
+def test_gates_have_a_rate_of_their_own_and_no_weight_decay(tmp_path):
+    start = dict(make(dtype=torch.float32).named_parameters())
+    moved = {}
+    for name, rates in (("gates", dict(lr=0.0, gate_lr=0.1)), ("rest", dict(lr=0.1, gate_lr=0.0))):
+        model, _ = train_toy(tmp_path / name, **rates)
+        moved[name] = {n for n, p in model.named_parameters() if not torch.equal(p, start[n])}
+    assert moved["gates"] == {n for n in start if n.endswith("beta")} and moved["rest"] == set(start) - moved["gates"]
+    groups = train.make_optimizer(model, 0.1, 0.2, 0.3).param_groups
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert {n: decay[id(p)] for n, p in model.named_parameters()} == {n: 0.3 * (p.dim() > 1) for n, p in start.items()}
+
+
+def test_the_learning_rate_warms_up_and_falls_along_a_cosine():
+    rates = [train.schedule(step, 100, 10) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and max(rates) == rates[9] and rates[9] > 0.97
+    assert rates[50] == pytest.approx(0.55) and rates[9:] == sorted(rates[9:], reverse=True)
+    assert rates[-1] == pytest.approx(0.1, abs=1e-3)
+
+
+def test_a_training_that_is_interrupted_and_resumed_equals_one_that_is_not_bit_for_bit(tmp_path):
+    whole, losses = train_toy(tmp_path / "whole.pt")
+
+    def ctrl_c_at_step_4(step):
+        if step == 4:
+            signal.raise_signal(signal.SIGINT)
+        return toy_batch(step)
+    with pytest.raises(KeyboardInterrupt, match="after step 5 of 7"):
+        train_toy(tmp_path / "cut.pt", batch=ctrl_c_at_step_4)
+    assert len(train.read_checkpoint(tmp_path / "cut.pt")["losses"]) == 5
+    model, resumed = train_toy(tmp_path / "cut.pt", resume=True)
+    assert resumed == losses and len(losses) == 7
+    again, _ = train_toy(tmp_path / "cut.pt", resume=True, batch=None)      # it is done: no batch is asked for
+    loaded, settings = train.load_model(tmp_path / "cut.pt")
+    for other in (model, again, loaded):
+        assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), other.parameters()))
+    assert loaded.config == whole.config and settings == dict(seed=0)
+
+
+def test_a_killed_training_loses_only_the_steps_since_the_last_save(tmp_path):
+    def killed_at_step_5(step):
+        if step == 5:
+            raise SystemError("killed")
+        return toy_batch(step)
+    with pytest.raises(SystemError):
+        train_toy(tmp_path / "cut.pt", batch=killed_at_step_5)
+    assert len(train.read_checkpoint(tmp_path / "cut.pt")["losses"]) == 4
+    assert train_toy(tmp_path / "cut.pt", resume=True)[1] == train_toy(tmp_path / "whole.pt")[1]
+
+
+def test_a_failed_write_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
+    train_toy(tmp_path / "a.pt", steps=2)
+    before = (tmp_path / "a.pt").read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        train_toy(tmp_path / "a.pt", steps=3)
+    assert (tmp_path / "a.pt").read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_a_checkpoint_of_another_training_is_not_resumed_and_a_broken_one_not_loaded(tmp_path):
+    train_toy(tmp_path / "a.pt", steps=2)
+    with pytest.raises(ValueError, match="seed = 0, not 1"):
+        train_toy(tmp_path / "a.pt", resume=True, settings=dict(seed=1))
+    whole = (tmp_path / "a.pt").read_bytes()
+    for content in (whole[:len(whole) // 2], b"", b"text"):
+        (tmp_path / "a.pt").write_bytes(content)
+        with pytest.raises(ValueError, match="was no checkpoint"):
+            train.load_model(tmp_path / "a.pt")
+    with pytest.raises(OSError):
+        train.load_model(tmp_path / "missing.pt")
+
+
+# --- passkey.py: the paper's task ----------------------------------------------------------------------------------
+
+def test_the_prompt_is_the_papers_word_for_word():
+    text = ("There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will quiz you "
+            "about the important information there. " + 2 * "The grass is green. The sky is blue. The sun is yellow. "
+            "Here we go. There and back again. " + "The pass key is 9054. Remember it. 9054 is the pass key. "
+            + 3 * "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+            + "What is the pass key? The pass key is 9054")
+    inputs = passkey.write_inputs(["9054"], [2], 5)
+    assert re.sub(r"(?<=\d) (?=\d)", "", passkey.decode(inputs[0])) == text
+    assert torch.equal(passkey.encode(text), inputs[0])
+    with pytest.raises(ValueError, match="'purple'"):
+        passkey.encode("The sky is purple.")
+
+
+@pytest.mark.parametrize("digits", [1, 4, 6])
+def test_no_key_of_the_evaluation_is_ever_trained_on(digits):
+    batch = passkey.training_batches(0, 100, 256, digits)
+    trained = {passkey.decode(row[row >= 0]).replace(" ", "") for step in range(100) for row in batch(step)[1]}
+    asked = {key for seed in range(5) for key in passkey.draw_keys(random.Random(seed), 100, digits, held_out=True)}
+    assert len(trained) > min(500, 0.8 * 10 ** digits) and len(asked) >= (1 if digits == 1 else 100)
+    assert not trained & asked and all(len(key) == digits for key in trained | asked)
+
+
+def test_keys_and_depths_differ_from_step_to_step_and_from_seed_to_seed_and_repeat_with_them():
+    batches = [passkey.training_batches(seed, 100, 256, 4)(step)[0] for seed, step in ((0, 0), (0, 1), (1, 0), (0, 0))]
+    assert torch.equal(batches[0], batches[3])
+    assert not torch.equal(batches[0][:8, :64], batches[1][:8, :64])
+    assert not torch.equal(batches[0][:8, :64], batches[2][:8, :64])
+    tokens = passkey.training_batches(0, 100, 1024, 4)(99)[0]
+    assert len({row.tolist().index(passkey.TOKEN["Remember"]) for row in tokens}) > 1    # the needle is anywhere
+    assert len({tuple(digits_in(row)) for row in tokens}) == len(tokens)
+
+
+def digits_in(row):
+    return [token for token in row.tolist() if passkey.VOCABULARY[token].isdigit()]
+
+
+def test_only_the_digits_of_the_answer_are_targets():
+    tokens, targets = passkey.training_batches(0, 100, 256, 4)(50)
+    assert (targets[:, :-4] == -100).all()
+    for row, target in zip(tokens, targets):
+        assert target[-4:].tolist() == digits_in(row)[:4]
+
+
+def test_training_inputs_grow_to_the_length_asked_for_and_not_beyond():
+    batch = passkey.training_batches(0, 1000, 5000, 4)
+    lengths = [batch(step)[0].shape[1] + 1 for step in range(0, 1000, 5)]
+    assert max(lengths[:60]) < 128 and 4000 < max(lengths[160:]) <= 5120
+    for n_tokens in (256, 1024, 5000):
+        total = passkey.repeats(n_tokens)
+        assert n_tokens <= passkey.write_inputs(["1234"], [0], total).shape[1] < n_tokens + 24
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_streaming_with_a_shared_beginning_answers_as_one_call_on_each_whole_input(kind):
+    attention, _, rule = kind.partition("-")
+    torch.manual_seed(0)
+    model = InfiniTransformer(replace(passkey.model_config(rule or "delta"), attention=attention)).double()
+    keys = ["9054", "1177", "0000"]
+    for before, after in ((0, 9), (85, 3), (4, 0)):
+        whole = passkey.write_inputs(keys, [before] * 3, before + after)[:, :-4]
+        expected = generate(model, whole, 4, temperature=0)[:, -4:]
+        assert torch.equal(passkey.answer(model, keys, before, after), expected)
+
+
+def test_accuracy_counts_digits_and_whole_keys(monkeypatch):
+    def three_right_of_four(model, keys, before, after):
+        assert (before, after) == (round(0.25 * passkey.repeats(512)), passkey.repeats(512) - before)
+        return torch.stack([passkey.encode(key) for key in ("1234", "1235")])
+    monkeypatch.setattr(passkey, "answer", three_right_of_four)
+    assert passkey.evaluate(None, 512, 0.25, ["1234", "1230"]) == (7 / 8, 1 / 2)
+
+
+def command(monkeypatch, capsys, *arguments):
+    """Run `python passkey.py arguments`. Returns exit code, standard output, standard error."""
+    monkeypatch.setattr(sys, "argv", ["passkey.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        train.run(passkey.main)
+        sys.exit(0)
+    return stop.value.code, *capsys.readouterr()
+
+
+def test_the_command_trains_prints_a_table_and_writes_its_files(tmp_path, monkeypatch, capsys):
+    args = ["--steps", 2, "--lengths", "128,200", "--depths", "0 100", "--keys", 3, "--out", tmp_path, "--threads", 1]
+    code, out, err = command(monkeypatch, capsys, *args)
+    assert code == 0 and "step 2/2" in err and "start" in out and "end" in out and "200" in out
+    rows = (tmp_path / "passkey.csv").read_text().splitlines()
+    assert rows[0] == "rule,tokens,depth,digits_right,keys_right" and len(rows) == 1 + 2 * 2 * 2
+    assert (tmp_path / "passkey.png").read_bytes().startswith(b"\x89PNG")
+    code, again, _ = command(monkeypatch, capsys, *args, "--load", tmp_path / "passkey-delta.pt")
+    assert code == 0 and (tmp_path / "passkey.csv").read_text().splitlines()[1:] == rows[5:]
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--steps", "0"], ["--steps", "many"], ["--train-length", "6000"], ["--digits", "-1"], ["--lengths", "10"],
+    ["--lengths", ""], ["--depths", "0,101"], ["--depths", "nan"], ["--keys", "0"], ["--seed", "-1"], ["--seed", "1.5"],
+    ["--device", "abacus"], ["--threads", "0"], ["--rule", "hebb"], ["--load", "missing.pt"], ["--load", "."],
+    ["--load", __file__], ["--out", __file__], ["--st", "3"]])
+def test_bad_arguments_are_one_line_on_standard_error_and_exit_code_2(arguments, monkeypatch, capsys):
+    code, out, err = command(monkeypatch, capsys, *arguments)
+    assert code == 2 and len(err.strip().splitlines()) == 1 and "Traceback" not in err
