@@ -10,12 +10,13 @@ import random
 import re
 import signal
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from dataclasses import replace
 
 import infini
 import passkey
@@ -981,12 +982,15 @@ def command(monkeypatch, capsys, *arguments):
 
 
 def test_the_command_trains_prints_a_table_and_writes_its_files(tmp_path, monkeypatch, capsys):
+    asked, answer = [], passkey.answer
+    monkeypatch.setattr(passkey, "answer", lambda model, keys, *hay: asked.extend(keys) or answer(model, keys, *hay))
     args = ["--steps", 2, "--lengths", "128,200", "--depths", "0 100", "--keys", 3, "--out", tmp_path, "--threads", 1]
     code, out, err = command(monkeypatch, capsys, *args)
     assert code == 0 and "step 2/2" in err and "start" in out and "end" in out and "200" in out
     rows = (tmp_path / "passkey.csv").read_text().splitlines()
     assert rows[0] == "rule,tokens,depth,digits_right,keys_right" and len(rows) == 1 + 2 * 2 * 2
     assert (tmp_path / "passkey.png").read_bytes().startswith(b"\x89PNG")
+    assert len(asked) == 2 * 2 * 2 * 3 and all(passkey.is_held_out(key) for key in asked)
     code, again, _ = command(monkeypatch, capsys, *args, "--load", tmp_path / "passkey-delta.pt")
     assert code == 0 and (tmp_path / "passkey.csv").read_text().splitlines()[1:] == rows[5:]
 
@@ -999,3 +1003,31 @@ def test_the_command_trains_prints_a_table_and_writes_its_files(tmp_path, monkey
 def test_bad_arguments_are_one_line_on_standard_error_and_exit_code_2(arguments, monkeypatch, capsys):
     code, out, err = command(monkeypatch, capsys, *arguments)
     assert code == 2 and len(err.strip().splitlines()) == 1 and "Traceback" not in err
+
+
+# --- README.md -----------------------------------------------------------------------------------------------------
+
+README = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
+
+
+def test_every_equation_is_linked_to_the_line_of_its_function():
+    lines = Path(infini.__file__).read_text(encoding="utf-8").splitlines()
+    rows = re.findall(r"^\| (\d+) \((.+?)\) \|.*\| \[`(\w+)`\]\(infini\.py#L(\d+)\) \|$", README, re.MULTILINE)
+    assert [int(row[0]) for row in rows] == list(range(1, 12))
+    assert all(old == ("-" if int(new) < 5 else str(int(new) - 4)) for new, old, _, _ in rows)
+    for number, _, name, line in rows:
+        assert lines[int(line) - 1].strip().startswith(f"def {name}(")
+        body = "\n".join(lines[int(line) - 1:]).split("\n\n\n")[0].split("    def ")
+        assert re.search(rf"Eq\. {number}\b", "".join(body[:2])), f"{name} does not name Eq. {number}"
+
+
+def test_the_readmes_example_runs():
+    example = re.search(r"```python\n(.+?)```", README, re.DOTALL).group(1)
+    names = {}
+    exec(example, names)
+    assert names["o"].shape == (2, 7, 128) and names["text"].shape == (2, 70)
+
+
+def test_every_departure_in_the_code_is_a_row_of_the_readme():
+    code = Path(infini.__file__).read_text(encoding="utf-8") + Path(train.__file__).read_text(encoding="utf-8")
+    assert README.count("\n| ", README.index("| the paper | here |")) >= code.count("Departure: ") >= 6
