@@ -1,10 +1,16 @@
-"""The paper's own task (section 4.3, appendix B): find a pass key hidden in a long irrelevant text.
+"""The paper's own task (section 4.3, appendix B): find a pass key hidden in a long irrelevant text. Our Table 3.
 
-    python passkey.py                   train both rules, then look for keys at several depths of several lengths
-    python passkey.py --rule linear     one rule only
+    python passkey.py                                 train both rules in three ways, then look for keys in up to 1M tokens
+    python passkey.py --rule delta --training plain   one rule, one way
+    python passkey.py --load out/*.pt --lengths 1024  evaluate trained models
 
 The prompt is the paper's, word for word. A token is a word, a punctuation mark or a single digit: the prompt needs 53.
-Training sees inputs of at most --train-length tokens; no key of the evaluation occurs in it.
+No key of the evaluation occurs in any training. The three ways of training:
+
+    zero-shot      800 steps on inputs of at most 512 tokens
+    plain          then 400 steps on inputs of at most 5,024 tokens (the paper: 5K)
+    fast-forward   then, instead, 400 steps on short inputs, in half of which the memory has gone through up to 1.2 million
+                   tokens of hay, most of them counted instead of read. A departure: see fast_forward
 """
 import csv
 import math
@@ -15,8 +21,9 @@ from pathlib import Path
 
 import matplotlib
 import torch
+import torch.nn.functional as F
 
-from infini import InfiniConfig, InfiniTransformer, State, generate, stream
+from infini import InfiniConfig, InfiniTransformer, Memory, State, generate, stream
 from train import Parser, add_common_arguments, load_model, prepare, run, several, train, whole
 
 INTRO = ("There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
@@ -24,7 +31,13 @@ INTRO = ("There is an important info hidden inside a lot of irrelevant text. Fin
 HAY = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 NEEDLE = "The pass key is {0}. Remember it. {0} is the pass key."
 QUESTION = "What is the pass key? The pass key is"
-PLACES = {0.0: "start", 0.5: "middle", 1.0: "end"}
+LONGEST = {"zero-shot": 512, "plain": 5000, "fast-forward": 1024}    # tokens of a training input, give or take 24
+
+PAPER = {    # Table 3: start/middle/end, digits right in %
+    "zero-shot": {"linear": "14/13/98 11/14/100 6/3/100 6/7/99 8/6/98", "delta": "13/11/99 6/9/99 7/5/99 6/8/97 7/6/97"},
+    "plain": {"linear": "100/100/100 100/100/100 100/100/100 97/99/100 96/94/100",
+              "delta": "100/100/100 100/100/99 100/100/99 100/100/100 100/100/100"}}
+PAPER_LENGTHS = [2 ** 15, 2 ** 17, 2 ** 18, 2 ** 19, 2 ** 20]
 
 
 # --- Text ----------------------------------------------------------------------------------------------------------
@@ -80,37 +93,99 @@ def write_inputs(keys, before, total):
 # --- Training ------------------------------------------------------------------------------------------------------
 
 def model_config(rule):
-    """2 layers of 4 heads, 139,000 parameters. N = 32: what a segment can't see begins 32 tokens back."""
+    """2 layers of 4 heads, 138,000 parameters. N = 32: what a segment can't see begins 32 tokens back."""
     return InfiniConfig(vocab_size=len(VOCABULARY), d_model=64, n_layers=2, n_heads=4, d_key=32, d_value=32, d_ff=256,
                         segment_len=32, update=rule, rope_base=50.0)
 
 
-def training_batches(seed, steps, longest, digits, tokens_per_step=4096):
-    """step -> (tokens, targets): inputs of random keys, depths and lengths. Only the digits of the answer are targets.
+def answer_loss(logits, keys):
+    """Cross entropy of the digits of the answer, the last tokens of the input, and the share that is right."""
+    digits = torch.stack([encode(key) for key in keys]).to(logits.device)     # (B, digits)
+    logits = logits[:, -digits.shape[1]:]
+    right = (logits.argmax(-1) == digits).float().mean().item()
+    return F.cross_entropy(logits.flatten(0, 1), digits.flatten()), {"digits right": right}
 
-    Short inputs first, then longer ones mixed in: from the start, 1,024 tokens teach nothing.
-    """
-    shortest = 96
 
-    def batch(step):
+def plain_loss(seed, shortest, longest, digits, grow=lambda step: 1.0, tokens_per_step=4096):
+    """Loss on whole inputs, as in the paper: random keys, depths and lengths, the lengths from a range that may grow."""
+    def loss_of(model, step):
         rng = random.Random(f"{seed}/{step}")
-        grown = min(1, max(0, step / steps - 0.3) / 0.5)
-        longest_now = shortest * (longest / shortest) ** grown
-        total = repeats(int(shortest * (longest_now / shortest) ** rng.random()), digits)
-        n = max(1, tokens_per_step // (shortest + len(words(HAY)) * total))
-        keys = draw_keys(rng, n, digits, held_out=False)
-        inputs = write_inputs(keys, [rng.randint(0, total) for _ in keys], total)
-        tokens, targets = inputs[:, :-1], inputs[:, 1:].clone()
-        targets[:, :-digits] = -100
-        return tokens, targets
-    return batch
+        now = shortest * (longest / shortest) ** grow(step)
+        total = repeats(int(shortest * (now / shortest) ** rng.random()), digits)
+        keys = draw_keys(rng, max(1, tokens_per_step // (88 + len(words(HAY)) * total)), digits, held_out=False)
+        inputs = write_inputs(keys, [rng.randint(0, total) for _ in keys], total).to(model.embedding.weight.device)
+        loss, shown = answer_loss(model(inputs[:, :-1])[0], keys)
+        return loss, inputs.numel(), shown
+    return loss_of
+
+
+def fast_forward(model, state, periods, growth=3):
+    """The state after `periods` more periods of hay (4 repeats = 3 segments each), without reading all of them.
+
+    The hay says the same again and again, so what it does to the memory changes slowly: read one period, and count what
+    it wrote n times, n growing with what was read so far. That takes about log(periods) / log(growth) periods, and
+    gradients flow through them.
+    """
+    period = encode(HAY).repeat(4).expand(state[0].k.shape[0], -1).to(state[0].k.device)
+    done = 0
+    while done < periods:
+        n = min(max(1, (growth - 1) * done), periods - done)
+        _, after = model(period, state)
+        state = [State(Memory(*(m + n * (m_after - m) for m, m_after in zip(s.memory, a.memory))), a.k, a.v)
+                 for s, a in zip(state, after)]
+        done += n
+    return state
+
+
+def fast_forward_loss(seed, digits, longest=1_200_000, rows=6):
+    """plain_loss in every other step, and loss on inputs with fast-forwarded hay in the steps between.
+
+    The long hay lies before the needle, behind it, or half and half; up to 3 repeats more shift everything against the
+    segments' borders.
+    """
+    plain, period = plain_loss(seed, 88, LONGEST["fast-forward"], digits), 4 * len(words(HAY))
+
+    def loss_of(model, step):
+        if step % 2 == 0:
+            return plain(model, step)
+        rng, device = random.Random(f"{seed}/{step}"), model.embedding.weight.device
+        keys = draw_keys(rng, rows, digits, held_out=False)
+        lengths = [int(10 * (longest / period / 10) ** rng.random()) for _ in range(2)]    # periods, log-uniform
+        before, after = rng.choice([(lengths[0], 0), (0, lengths[1]), lengths])
+        hay = [encode(HAY).repeat(rng.randint(0, 3)).to(device) for _ in range(3)]
+        _, state = model(torch.cat([encode(INTRO).to(device), hay[0]])[None])
+        state = copies(fast_forward(model, state, before), rows)
+        _, state = model(torch.stack([torch.cat([encode(NEEDLE.format(key)).to(device), hay[1]]) for key in keys]), state)
+        state = fast_forward(model, state, after)
+        end = torch.stack([torch.cat([hay[2], encode(QUESTION + " " + key).to(device)]) for key in keys])
+        loss, shown = answer_loss(model(end[:, :-1], state)[0], keys)
+        return loss, rows * period * (before + after), shown
+    return loss_of
+
+
+def train_one(training, rule, args, start=None):
+    """Train one model of the table, from the checkpoint `start` where it is fine-tuned. Returns its checkpoint's path."""
+    path, steps = args.out / f"passkey-{training}-{rule}.pt", args.steps or (400 if start else 800)
+    torch.manual_seed(args.seed)
+    model = load_model(start)[0] if start else InfiniTransformer(model_config(rule))
+    rates = dict(lr=2e-3, gate_lr=1e-2) if start else dict(lr=4e-3, gate_lr=3e-2)
+    if training == "zero-shot":
+        loss_of = plain_loss(args.seed, 88, LONGEST[training], args.digits, lambda step: min(1, max(0, step / steps - 0.3) / 0.4))
+    elif training == "plain":
+        loss_of = plain_loss(args.seed + 1, 88, LONGEST[training], args.digits)
+    else:
+        loss_of = fast_forward_loss(args.seed + 1, args.digits)
+    print(f"{training}, {rule}: {steps} steps of training, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+    settings = dict(training=training, seed=args.seed, steps=steps, digits=args.digits)
+    train(model.to(args.device), loss_of, steps, path, **rates, resume=args.resume, settings=settings)
+    return path
 
 
 # --- Evaluation ----------------------------------------------------------------------------------------------------
 
 def read_hay(model, state, n, batch=1, at_once=80):
     """Stream n repeats of the hay through the state: no more than `at_once` of them are ever in memory."""
-    hay = encode(HAY).to(next(model.parameters()).device)
+    hay = encode(HAY).to(model.embedding.weight.device)
     for first in range(0, n, at_once):
         _, state = stream(model, hay.repeat(min(at_once, n - first)).expand(batch, -1), state)
     return state
@@ -129,14 +204,13 @@ def answer(model, keys, before, after):
 
     Nothing is told: the model writes all digits itself. What precedes the needle is the same for all, and read once.
     """
-    device = next(model.parameters()).device
+    device, B = model.embedding.weight.device, len(keys)
     _, state = stream(model, encode(INTRO)[None].to(device))
-    state = copies(read_hay(model, state, before), len(keys))
+    state = copies(read_hay(model, state, before), B)
     _, state = stream(model, torch.stack([encode(NEEDLE.format(key)) for key in keys]).to(device), state)
-    state = read_hay(model, state, after, len(keys))
-    question = encode(QUESTION).expand(len(keys), -1).to(device)
-    digits = len(keys[0])
-    return generate(model, question, digits, temperature=0, state=state)[:, -digits:]
+    state = read_hay(model, state, after, B)
+    n = len(keys[0])
+    return generate(model, encode(QUESTION).expand(B, -1).to(device), n, temperature=0, state=state)[:, -n:]
 
 
 def evaluate(model, n_tokens, depth, keys):
@@ -148,36 +222,61 @@ def evaluate(model, n_tokens, depth, keys):
 
 
 def evaluate_all(model, lengths, depths, keys):
-    """Rows (length, depth, token accuracy, key accuracy), with a line of the table printed as soon as it is known."""
+    """A row of the table, printed cell by cell. Returns (tokens, depth, digits right, keys right, seconds) per depth."""
     rows = []
-    print(f"{'tokens':>9}  " + "  ".join(f"{PLACES.get(d, f'{d:.0%}'):>12}" for d in depths) + "   seconds")
     for n_tokens in lengths:
-        start, cells = time.monotonic(), []
         for depth in depths:
-            rows.append((n_tokens, depth, *evaluate(model, n_tokens, depth, keys)))
-            cells.append(f"{rows[-1][2]:7.1%} {f'({rows[-1][3]:.0%})':>6}"[-14:])
-        print(f"{n_tokens:9,}  " + "  ".join(f"{c:>12}" for c in cells) + f"  {time.monotonic() - start:8.1f}", flush=True)
+            start = time.monotonic()
+            rows.append((n_tokens, depth, *evaluate(model, n_tokens, depth, keys), time.monotonic() - start))
+        print(f"{cell(rows[-len(depths):]):>{width(depths)}}", end="", flush=True)
+    print()
     return rows
 
 
+def cell(rows):
+    return "/".join(f"{100 * row[2]:.0f}" for row in rows)
+
+
+def width(depths):
+    return 3 + 4 * len(depths)
+
+
+def short(n):
+    """32768 -> 32K"""
+    return f"{n // 1024}K" if n % 1024 == 0 and n < 2 ** 20 else f"{n // 2 ** 20}M" if n % 2 ** 20 == 0 else f"{n:,}"
+
+
+def write_table(results, path):
+    with open(path, "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["training", "rule", "tokens", "depth", "digits_right", "keys_right", "seconds"])
+        table.writerows([*model, *row] for model, rows in results.items() for row in rows)
+
+
 def draw_heat_map(results, path):
-    """Depth by length, one panel per rule. results: {rule: rows of evaluate_all}."""
+    """Depth by length, a panel per model. results: {(training, rule): rows of evaluate_all}."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, len(results), figsize=(1 + 4.2 * len(results), 3.4), squeeze=False, sharey=True,
-                                layout="constrained")
-    for axis, (rule, rows) in zip(axes[0], results.items()):
+    columns = min(2, len(results))
+    lines = math.ceil(len(results) / columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(1 + 4.4 * columns, 0.4 + 3.0 * lines), squeeze=False,
+                                sharex=True, sharey=True, layout="constrained")
+    for axis in axes.flat[len(results):]:
+        axis.set_visible(False)
+    for axis, ((training, rule), rows) in zip(axes.flat, results.items()):
         lengths, depths = (sorted({row[i] for row in rows}) for i in (0, 1))
-        grid = [[next(row[2] for row in rows if row[:2] == (n, d)) for n in lengths] for d in depths]
-        image = axis.imshow([[100 * value for value in line] for line in grid], cmap="cividis", vmin=0, vmax=100,
-                            aspect="auto")
+        share = {row[:2]: 100 * row[2] for row in rows}
+        grid = [[share[n, d] for n in lengths] for d in depths]
+        image = axis.imshow(grid, cmap="cividis", vmin=0, vmax=100, aspect="auto")
         for y, line in enumerate(grid):
             for x, value in enumerate(line):
-                axis.text(x, y, f"{100 * value:.0f}", ha="center", va="center", color="white" if value < 0.6 else "black")
-        axis.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths])
+                axis.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=7, color="wk"[value > 60])
+        axis.set_xticks(range(len(lengths)), [short(n) for n in lengths])
         axis.set_yticks(range(len(depths)), [f"{d:.0%}" for d in depths])
-        axis.set(xlabel="length of the input (tokens)", title=f"update rule: {rule}")
-    axes[0][0].set_ylabel("depth of the key")
+        axis.set_title(f"{training}, update rule {rule}", fontsize=10)
+        axis.label_outer()
+    figure.supxlabel("length of the input (tokens)")
+    figure.supylabel("depth of the key")
     figure.colorbar(image, ax=axes, label="digits right (%)")
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -185,52 +284,59 @@ def draw_heat_map(results, path):
 
 # --- The command ---------------------------------------------------------------------------------------------------
 
-def depth(text):
+def tokens(text):
+    """"32K" -> 32768"""
+    unit = {"K": 2 ** 10, "M": 2 ** 20}.get(text[-1:].upper(), 1)
+    return unit * whole(64 // unit or 1, 2 ** 26 // unit)(text if unit == 1 else text[:-1])
+
+
+def percent(text):
     return whole(0, 100)(text) / 100
 
 
 def parse_arguments():
-    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser = Parser(description="Find a pass key in up to a million tokens: the paper's section 4.3 and Table 3.")
     add_common_arguments(parser)
     parser.add_argument("--rule", choices=["linear", "delta", "both"], default="both", help="Eq. 8, Eq. 9, or both")
-    parser.add_argument("--steps", type=whole(1), default=1000, help="training steps")
-    parser.add_argument("--train-length", type=whole(96, 5000), default=1024, help="longest training input, tokens")
+    parser.add_argument("--training", choices=[*LONGEST, "all"], default="all", help="which way of training")
+    parser.add_argument("--steps", type=whole(1), help="training steps (default: 800, then 400)")
     parser.add_argument("--digits", type=whole(1, 9), default=4, help="digits of a key")
-    parser.add_argument("--lengths", type=several(whole(64, 2 ** 26)), default="256,512,1024,2048", help="of the evaluation, tokens")
-    parser.add_argument("--depths", type=several(depth), default="0,50,100", help="of the key, %% of the hay")
+    parser.add_argument("--lengths", type=several(tokens), default="32K,128K,256K,512K,1M",
+                        help="of the inputs of the evaluation, in tokens; K and M are understood")
+    parser.add_argument("--depths", type=several(percent), default="0,50,100", help="of the key, in %% of the hay")
     parser.add_argument("--keys", type=whole(1, 500), default=20, help="held-out keys per cell")
     parser.add_argument("--eval-seed", type=whole(0), default=1234, help="draws the held-out keys")
     parser.add_argument("--load", type=Path, nargs="+", help="evaluate these checkpoints instead of training")
+    parser.add_argument("--csv", type=Path, help="where to write the table for a program (default: OUT/passkey.csv)")
     return parser.parse_args()
 
 
 def main():
     args = parse_arguments()
     prepare(args)
-    paths = args.load or [args.out / f"passkey-{rule}.pt" for rule in
-                          (["linear", "delta"] if args.rule == "both" else [args.rule])]
+    rules = ["linear", "delta"] if args.rule == "both" else [args.rule]
+    trainings = list(LONGEST) if args.training == "all" else [args.training]
+    paths = args.load
+    if not paths:
+        made = {}
+        for rule in rules:
+            for training in dict.fromkeys(["zero-shot", *trainings]):
+                made[training, rule] = train_one(training, rule, args, made.get(("zero-shot", rule)))
+        paths = [made[training, rule] for rule in rules for training in trainings]
     keys = draw_keys(random.Random(f"evaluation {args.eval_seed}"), args.keys, args.digits, held_out=True)
     results = {}
     for path in paths:
-        if not args.load:
-            rule = path.stem.split("-")[1]
-            torch.manual_seed(args.seed)
-            model = InfiniTransformer(model_config(rule)).to(args.device)
-            print(f"Training, update rule {rule}, {sum(p.numel() for p in model.parameters()):,} parameters, "
-                  f"{args.steps} steps, inputs of at most {args.train_length:,} tokens", flush=True)
-            settings = dict(seed=args.seed, steps=args.steps, longest=args.train_length, digits=args.digits)
-            train(model, training_batches(**settings), args.steps, path, lr=6e-3, gate_lr=3e-2, resume=args.resume,
-                  settings=settings)
         model, settings = load_model(path, args.device)
-        rule = model.config.update
-        print(f"\nUpdate rule {rule}: digits right (whole keys right), {args.keys} held-out keys a cell")
-        results[rule] = evaluate_all(model, args.lengths, args.depths, keys)
-    with open(args.out / "passkey.csv", "w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["rule", "tokens", "depth", "digits_right", "keys_right"])
-        table.writerows([rule, *row] for rule, rows in results.items() for row in rows)
+        training, rule = settings["training"], model.config.update
+        if not results:
+            print(f"Digits right in % at depths {', '.join(f'{d:.0%}' for d in args.depths)}; {args.keys} held-out keys a cell")
+            print(f"{'':22}" + "".join(f"{short(n):>{width(args.depths)}}" for n in args.lengths), flush=True)
+        print(f"{training + ', ' + rule:22}", end="", flush=True)
+        results[training, rule] = evaluate_all(model, args.lengths, args.depths, keys)
+        if (args.lengths, args.depths, training in PAPER) == (PAPER_LENGTHS, [0, 0.5, 1], True):
+            print(f"{'  the paper':22}" + "".join(f"{c:>{width(args.depths)}}" for c in PAPER[training][rule].split()))
+    write_table(results, args.csv or args.out / "passkey.csv")
     draw_heat_map(results, args.out / "passkey.png")
-    print(f"\nWritten: {args.out / 'passkey.csv'}, {args.out / 'passkey.png'}")
 
 
 if __name__ == "__main__":

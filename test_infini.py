@@ -813,15 +813,16 @@ def test_bad_tokens_states_and_settings_are_refused_with_one_line():
 
 # --- train.py: the loop that everything is trained with ------------------------------------------------------------
 
-def toy_batch(step):
+def toy_loss(model, step):
     tokens = torch.randint(0, SMALL.vocab_size, (2, 13), generator=torch.Generator().manual_seed(step))
-    return tokens[:, :-1], tokens[:, 1:]
+    logits, _ = model(tokens[:, :-1])
+    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()), tokens.numel(), {}
 
 
-def train_toy(path, steps=7, batch=toy_batch, **kw):
+def train_toy(path, steps=7, loss_of=toy_loss, **kw):
     model = make(dtype=torch.float32)
     kw = dict(dict(lr=1e-2, gate_lr=1e-1, weight_decay=0.1, warmup=2, save_every=2, settings=dict(seed=0)), **kw)
-    return model, train.train(model, batch, steps, path, **kw)
+    return model, train.train(model, loss_of, steps, path, **kw)
 
 
 def test_gates_have_a_rate_of_their_own_and_no_weight_decay(tmp_path):
@@ -846,16 +847,16 @@ def test_the_learning_rate_warms_up_and_falls_along_a_cosine():
 def test_a_training_that_is_interrupted_and_resumed_equals_one_that_is_not_bit_for_bit(tmp_path):
     whole, losses = train_toy(tmp_path / "whole.pt")
 
-    def ctrl_c_at_step_4(step):
+    def ctrl_c_at_step_4(model, step):
         if step == 4:
             signal.raise_signal(signal.SIGINT)
-        return toy_batch(step)
+        return toy_loss(model, step)
     with pytest.raises(KeyboardInterrupt, match="after step 5 of 7"):
-        train_toy(tmp_path / "cut.pt", batch=ctrl_c_at_step_4)
+        train_toy(tmp_path / "cut.pt", loss_of=ctrl_c_at_step_4)
     assert len(train.read_checkpoint(tmp_path / "cut.pt")["losses"]) == 5
     model, resumed = train_toy(tmp_path / "cut.pt", resume=True)
     assert resumed == losses and len(losses) == 7
-    again, _ = train_toy(tmp_path / "cut.pt", resume=True, batch=None)      # it is done: no batch is asked for
+    again, _ = train_toy(tmp_path / "cut.pt", resume=True, loss_of=None)      # it is done: no loss is asked for
     loaded, settings = train.load_model(tmp_path / "cut.pt")
     for other in (model, again, loaded):
         assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), other.parameters()))
@@ -863,12 +864,12 @@ def test_a_training_that_is_interrupted_and_resumed_equals_one_that_is_not_bit_f
 
 
 def test_a_killed_training_loses_only_the_steps_since_the_last_save(tmp_path):
-    def killed_at_step_5(step):
+    def killed_at_step_5(model, step):
         if step == 5:
             raise SystemError("killed")
-        return toy_batch(step)
+        return toy_loss(model, step)
     with pytest.raises(SystemError):
-        train_toy(tmp_path / "cut.pt", batch=killed_at_step_5)
+        train_toy(tmp_path / "cut.pt", loss_of=killed_at_step_5)
     assert len(train.read_checkpoint(tmp_path / "cut.pt")["losses"]) == 4
     assert train_toy(tmp_path / "cut.pt", resume=True)[1] == train_toy(tmp_path / "whole.pt")[1]
 
@@ -887,7 +888,7 @@ def test_a_failed_write_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
 
 def test_a_checkpoint_of_another_training_is_not_resumed_and_a_broken_one_not_loaded(tmp_path):
     train_toy(tmp_path / "a.pt", steps=2)
-    with pytest.raises(ValueError, match="seed = 0, not 1"):
+    with pytest.raises(ValueError, match="seed = 0"):
         train_toy(tmp_path / "a.pt", resume=True, settings=dict(seed=1))
     whole = (tmp_path / "a.pt").read_bytes()
     for content in (whole[:len(whole) // 2], b"", b"text"):
@@ -913,43 +914,98 @@ def test_the_prompt_is_the_papers_word_for_word():
         passkey.encode("The sky is purple.")
 
 
-@pytest.mark.parametrize("digits", [1, 4, 6])
-def test_no_key_of_the_evaluation_is_ever_trained_on(digits):
-    batch = passkey.training_batches(0, 100, 256, digits)
-    trained = {passkey.decode(row[row >= 0]).replace(" ", "") for step in range(100) for row in batch(step)[1]}
-    asked = {key for seed in range(5) for key in passkey.draw_keys(random.Random(seed), 100, digits, held_out=True)}
-    assert len(trained) > min(500, 0.8 * 10 ** digits) and len(asked) >= (1 if digits == 1 else 100)
-    assert not trained & asked and all(len(key) == digits for key in trained | asked)
+class Listener(torch.nn.Module):
+    """Stands in for a model, and keeps what a training shows it: the whole inputs, calls put together."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(1, 1)
+        self.calls = []
+
+    def forward(self, tokens, state=None):
+        self.calls.append(tokens)
+        memory = Memory.empty(len(tokens), 1, 2, 2)
+        empty = torch.zeros(len(tokens), 1, 0, 2)
+        return torch.zeros(*tokens.shape, len(passkey.VOCABULARY), requires_grad=True), [State(memory, empty, empty)]
 
 
-def test_keys_and_depths_differ_from_step_to_step_and_from_seed_to_seed_and_repeat_with_them():
-    batches = [passkey.training_batches(seed, 100, 256, 4)(step)[0] for seed, step in ((0, 0), (0, 1), (1, 0), (0, 0))]
-    assert torch.equal(batches[0], batches[3])
-    assert not torch.equal(batches[0][:8, :64], batches[1][:8, :64])
-    assert not torch.equal(batches[0][:8, :64], batches[2][:8, :64])
-    tokens = passkey.training_batches(0, 100, 1024, 4)(99)[0]
-    assert len({row.tolist().index(passkey.TOKEN["Remember"]) for row in tokens}) > 1    # the needle is anywhere
-    assert len({tuple(digits_in(row)) for row in tokens}) == len(tokens)
+def shown(loss_of, steps):
+    """The inputs of some steps, without the last digit, which is a target only."""
+    inputs = []
+    for step in steps:
+        listener = Listener()
+        loss_of(listener, step)
+        inputs.append(listener.calls)
+    return inputs
 
 
 def digits_in(row):
-    return [token for token in row.tolist() if passkey.VOCABULARY[token].isdigit()]
+    return "".join(passkey.VOCABULARY[token] for token in row.tolist() if passkey.VOCABULARY[token].isdigit())
 
 
-def test_only_the_digits_of_the_answer_are_targets():
-    tokens, targets = passkey.training_batches(0, 100, 256, 4)(50)
-    assert (targets[:, :-4] == -100).all()
-    for row, target in zip(tokens, targets):
-        assert target[-4:].tolist() == digits_in(row)[:4]
+TRAININGS = {"plain": lambda seed=0, digits=4: passkey.plain_loss(seed, 88, 256, digits),
+             "fast-forward": lambda seed=0, digits=4: passkey.fast_forward_loss(seed, digits)}
 
 
-def test_training_inputs_grow_to_the_length_asked_for_and_not_beyond():
-    batch = passkey.training_batches(0, 1000, 5000, 4)
-    lengths = [batch(step)[0].shape[1] + 1 for step in range(0, 1000, 5)]
-    assert max(lengths[:60]) < 128 and 4000 < max(lengths[160:]) <= 5120
+@pytest.mark.parametrize("training", TRAININGS)
+@pytest.mark.parametrize("digits", [1, 4, 6])
+def test_no_key_of_the_evaluation_is_ever_trained_on(training, digits):
+    trained = {digits_in(row)[:digits] for calls in shown(TRAININGS[training](digits=digits), range(60))
+               for call in calls for row in call if len(digits_in(row)) >= 2 * digits}
+    asked = {key for seed in range(5) for key in passkey.draw_keys(random.Random(seed), 100, digits, held_out=True)}
+    assert len(trained) > min(200, 0.7 * 10 ** digits) and len(asked) >= (1 if digits == 1 else 100)
+    assert not trained & asked and all(len(key) == digits for key in trained | asked)
+
+
+@pytest.mark.parametrize("training", TRAININGS)
+def test_keys_and_depths_differ_from_step_to_step_and_from_seed_to_seed_and_repeat_with_them(training):
+    def keys(seed, step):
+        calls, = shown(TRAININGS[training](seed), [step])
+        return [digits_in(row)[:4] for call in calls for row in call if len(digits_in(row)) >= 8]
+    assert keys(0, 1) == keys(0, 1) and len(set(keys(0, 0))) > 10
+    assert not set(keys(0, 1)) & set(keys(0, 3)) and not set(keys(0, 1)) & set(keys(1, 1))
+
+
+def test_the_needle_is_anywhere_and_the_input_as_long_as_asked_for():
+    needle, places, lengths = passkey.TOKEN["Remember"], [], []
+    for (tokens,) in shown(passkey.plain_loss(0, 88, 1024, 4, grow=lambda step: step / 299), range(300)):
+        lengths.append(tokens.shape[1] + 1)
+        places += [(row.tolist().index(needle) - 37) / (tokens.shape[1] - 63) for row in tokens if lengths[-1] > 200]
+    assert max(lengths[:60]) < 170 and 900 < max(lengths) < 1024 + 24
+    assert all(0.15 < np.mean((np.array(places) * 4).astype(int) == quarter) < 0.35 for quarter in range(4))
     for n_tokens in (256, 1024, 5000):
         total = passkey.repeats(n_tokens)
         assert n_tokens <= passkey.write_inputs(["1234"], [0], total).shape[1] < n_tokens + 24
+    assert passkey.LONGEST["plain"] + 24 <= 5120                 # the paper's 5K
+
+
+def test_only_the_digits_of_the_answer_count_and_each_is_told_the_right_ones_before_it():
+    logits = torch.randn(2, 70, len(passkey.VOCABULARY), requires_grad=True)
+    loss, numbers = passkey.answer_loss(logits, ["9054", "1177"])
+    p = logits.detach().double().softmax(-1)
+    expected = [-math.log(p[row, 66 + i, passkey.TOKEN[key[i]]]) for row, key in enumerate(["9054", "1177"]) for i in range(4)]
+    assert loss.item() == pytest.approx(np.mean(expected), rel=1e-5)
+    loss.backward()
+    assert (logits.grad[:, :66] == 0).all() and (logits.grad[:, 66:] != 0).all()
+    for (tokens,) in shown(TRAININGS["plain"](), range(5)):
+        assert all(digits_in(row)[8:] == digits_in(row)[:3] == digits_in(row)[4:7] for row in tokens)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_fast_forwarding_leaves_the_memory_that_reading_all_of_the_hay_leaves(rule):
+    torch.manual_seed(0)
+    model = InfiniTransformer(passkey.model_config(rule))
+    with torch.no_grad():
+        _, start = model(torch.stack([passkey.encode(passkey.NEEDLE.format(key)) for key in ("9054", "1177")]))
+        read = passkey.read_hay(model, start, 4 * 300, batch=2)
+        counted = passkey.fast_forward(model, start, 300)
+        question = passkey.encode(passkey.QUESTION).expand(2, -1)
+        same(model(question, counted)[0].softmax(-1), model(question, read)[0].softmax(-1), 2e-3)
+    for s, r, c in zip(start, read, counted):
+        assert torch.equal(c.k, r.k) or (c.k - r.k).abs().max() < 1e-2
+        assert (c.memory.z - r.memory.z).norm() < 1e-3 * r.memory.z.norm()
+        assert (c.memory.M - r.memory.M).norm() < 2e-3 * r.memory.M.norm()
+        assert (s.memory.M - r.memory.M).norm() > 0.9 * r.memory.M.norm()      # there is something to count
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -984,19 +1040,21 @@ def command(monkeypatch, capsys, *arguments):
 def test_the_command_trains_prints_a_table_and_writes_its_files(tmp_path, monkeypatch, capsys):
     asked, answer = [], passkey.answer
     monkeypatch.setattr(passkey, "answer", lambda model, keys, *hay: asked.extend(keys) or answer(model, keys, *hay))
-    args = ["--steps", 2, "--lengths", "128,200", "--depths", "0 100", "--keys", 3, "--out", tmp_path, "--threads", 1]
+    args = ["--steps", 2, "--lengths", "128,2K", "--depths", "0 100", "--keys", 3, "--out", tmp_path, "--threads", 1]
     code, out, err = command(monkeypatch, capsys, *args)
-    assert code == 0 and "step 2/2" in err and "start" in out and "end" in out and "200" in out
+    assert code == 0 and err.count("step 2/2") == 6 and "2K" in out and "fast-forward, delta" in out
     rows = (tmp_path / "passkey.csv").read_text().splitlines()
-    assert rows[0] == "rule,tokens,depth,digits_right,keys_right" and len(rows) == 1 + 2 * 2 * 2
+    assert rows[0] == "training,rule,tokens,depth,digits_right,keys_right,seconds" and len(rows) == 1 + 6 * 2 * 2
+    assert "2048" in rows[3]
     assert (tmp_path / "passkey.png").read_bytes().startswith(b"\x89PNG")
-    assert len(asked) == 2 * 2 * 2 * 3 and all(passkey.is_held_out(key) for key in asked)
-    code, again, _ = command(monkeypatch, capsys, *args, "--load", tmp_path / "passkey-delta.pt")
-    assert code == 0 and (tmp_path / "passkey.csv").read_text().splitlines()[1:] == rows[5:]
+    assert len(asked) == 6 * 2 * 2 * 3 and all(passkey.is_held_out(key) for key in asked)
+    code, _, _ = command(monkeypatch, capsys, *args, "--load", tmp_path / "passkey-plain-delta.pt")
+    again = [row.rpartition(",")[0] for row in (tmp_path / "passkey.csv").read_text().splitlines()[1:]]
+    assert code == 0 and again == [row.rpartition(",")[0] for row in rows if row.startswith("plain,delta")]
 
 
 @pytest.mark.parametrize("arguments", [
-    ["--steps", "0"], ["--steps", "many"], ["--train-length", "6000"], ["--digits", "-1"], ["--lengths", "10"],
+    ["--steps", "0"], ["--steps", "many"], ["--training", "warm"], ["--lengths", "1G"], ["--lengths", "65M"], ["--digits", "-1"], ["--lengths", "10"],
     ["--lengths", ""], ["--depths", "0,101"], ["--depths", "nan"], ["--keys", "0"], ["--seed", "-1"], ["--seed", "1.5"],
     ["--device", "abacus"], ["--threads", "0"], ["--rule", "hebb"], ["--load", "missing.pt"], ["--load", "."],
     ["--load", __file__], ["--out", __file__], ["--st", "3"]])

@@ -10,12 +10,12 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from infini import InfiniConfig, InfiniTransformer
 
@@ -42,12 +42,12 @@ def schedule(step, steps, warmup, final=0.1):
     return min(1, (step + 1) / warmup) * (final + (1 - final) * (1 + math.cos(math.pi * step / steps)) / 2)
 
 
-def train(model, batch, steps, path, lr, gate_lr, weight_decay=0.0, warmup=50, clip=1.0, save_every=100, resume=False,
+def train(model, loss_of, steps, path, lr, gate_lr, weight_decay=0.0, warmup=50, clip=1.0, save_every=100, resume=False,
           settings=None):
     """Train a model and leave it in a checkpoint.
 
-    batch: step -> (tokens, targets), both (B, T), targets of -100 do not count. It must depend on nothing but the step,
-        so that a resumed run sees what an uninterrupted one would have seen.
+    loss_of: (model, step) -> loss, number of tokens it took, further numbers to show, {name: value}. What it draws must
+        depend on nothing but the step, so that a resumed run sees what an uninterrupted one would have seen.
     path: the checkpoint, written every `save_every` steps, at the end, and on Ctrl-C (which then ends the training with
         KeyboardInterrupt). With `resume`, a training that stopped goes on from there, bit for bit on a CPU.
     settings: what makes this training what it is (a dict of plain values). It is stored, and must agree to resume.
@@ -55,14 +55,12 @@ def train(model, batch, steps, path, lr, gate_lr, weight_decay=0.0, warmup=50, c
     read or written.
     """
     optimizer, losses, settings = make_optimizer(model, lr, gate_lr, weight_decay), [], dict(settings or {})
-    device = next(model.parameters()).device
     if resume and Path(path).exists():
         found = read_checkpoint(path)
-        if found["config"] != asdict(model.config) or found["settings"] != settings:
-            made = {**found["config"], **found["settings"]}
-            differing = [f"{k} = {made.get(k)!r}, not {v!r}" for k, v in {**asdict(model.config), **settings}.items()
-                         if made.get(k) != v]
-            raise ValueError(f"{path} was made with {'; '.join(differing)}, must be of the same training to resume")
+        made, wanted = ({**c, **s} for c, s in ((found["config"], found["settings"]), (asdict(model.config), settings)))
+        differing = [f"{name} = {made.get(name)!r}" for name in wanted if made.get(name) != wanted[name]]
+        if differing:
+            raise ValueError(f"{path} was of another training ({', '.join(differing)}), must be of this one to resume")
         model.load_state_dict(found["model"])
         losses = found["losses"].tolist()
         if found["optimizer"] is None:    # it was done
@@ -70,25 +68,24 @@ def train(model, batch, steps, path, lr, gate_lr, weight_decay=0.0, warmup=50, c
         optimizer.load_state_dict(found["optimizer"])
 
     def save(done):
-        write_checkpoint(path, dict(model=model.state_dict(), config=asdict(model.config), settings=settings,
-                                    losses=torch.tensor(losses, dtype=torch.float64), torch=str(torch.__version__),
-                                    optimizer=None if done else optimizer.state_dict()))
+        write_checkpoint(path, dict(
+            model=model.state_dict(), config=asdict(model.config), settings=settings, command=" ".join(sys.argv),
+            torch=str(torch.__version__), losses=torch.tensor(losses, dtype=torch.float64),
+            optimizer=None if done else optimizer.state_dict()))
 
     model.train()
     progress = Progress(len(losses), steps)
     with interrupts() as interrupted:
         for step in range(len(losses), steps):
-            tokens, targets = (t.to(device) for t in batch(step))
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * schedule(step, steps, warmup)
-            logits, _ = model(tokens)
-            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+            loss, n_tokens, shown = loss_of(model, step)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
             optimizer.step()
             losses.append(loss.item())
-            progress.show(step + 1, losses, tokens.numel())
+            progress.show(step + 1, n_tokens, dict(loss=losses[-1], **shown))
             if interrupted.is_set():
                 save(done=False)
                 progress.close()
@@ -103,20 +100,22 @@ def train(model, batch, steps, path, lr, gate_lr, weight_decay=0.0, warmup=50, c
 class Progress:
     """Step, loss, speed and time left: one refreshed line on a terminal, elsewhere a plain line every few seconds."""
 
-    def __init__(self, done, total, every=5.0):
-        self.first, self.total, self.tokens, self.every = done, total, 0, every
+    def __init__(self, done, total):
+        self.first, self.total, self.tokens, self.recent = done, total, 0, deque(maxlen=20)
         self.start, self.last, self.terminal = time.monotonic(), -math.inf, sys.stderr.isatty()
 
-    def show(self, step, losses, tokens):
-        now, self.tokens = time.monotonic(), self.tokens + tokens
-        if now - self.last < (0.2 if self.terminal else self.every) and step < self.total:
+    def show(self, step, n_tokens, numbers):
+        now, self.tokens = time.monotonic(), self.tokens + n_tokens
+        self.recent.append(numbers)
+        if now - self.last < (0.2 if self.terminal else 5) and step < self.total:
             return
         self.last, seconds = now, now - self.start
-        left = seconds / (step - self.first) * (self.total - step)
-        recent = losses[-20:]
-        line = (f"step {step}/{self.total}  loss {sum(recent) / len(recent):.4f}  {self.tokens / seconds:,.0f} tokens/s  "
-                f"{int(left) // 60}:{int(left) % 60:02d} left")
-        print(f"\r{line}\033[K" if self.terminal else line, end="" if self.terminal else "\n", file=sys.stderr, flush=True)
+        means = [f"{name} {sum(n[name] for n in self.recent) / len(self.recent):.4f}" for name in numbers]
+        left = round(seconds / (step - self.first) * (self.total - step))
+        line = "  ".join([f"step {step}/{self.total}", *means, f"{self.tokens / seconds:,.0f} tokens/s",
+                          f"{left // 60}:{left % 60:02d} left"])
+        before, after = ("\r", "\033[K") if self.terminal else ("", "\n")
+        print(before + line, end=after, file=sys.stderr, flush=True)
 
     def close(self):
         if self.terminal:
@@ -163,9 +162,9 @@ def read_checkpoint(path):
     data = Path(path).read_bytes()
     try:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        return {name: content[name] for name in ("model", "config", "settings", "losses", "torch", "optimizer")}
+        return {name: content[name] for name in ("model", "config", "settings", "losses", "optimizer")}
     except Exception as error:
-        raise ValueError(f"{path} was no checkpoint ({type(error).__name__}), must be one written by this project") from error
+        raise ValueError(f"{path} was no checkpoint ({type(error).__name__}), must be one of this project") from error
 
 
 def load_model(path, device="cpu"):
