@@ -1,15 +1,15 @@
 """The paper's own task (section 4.3, appendix B): find a pass key hidden in a long irrelevant text. Our Table 3.
 
-    python passkey.py                                 train both rules in three ways, then look for keys in up to 1M tokens
+    python passkey.py                                 train both rules in three ways, look for keys in up to 1M tokens
     python passkey.py --rule delta --training plain   one rule, one way
     python passkey.py --load out/*.pt --lengths 1024  evaluate trained models
 
 The prompt is the paper's, word for word. A token is a word, a punctuation mark or a single digit: the prompt needs 53.
 No key of the evaluation occurs in any training. The three ways of training:
 
-    zero-shot      800 steps on inputs of at most 512 tokens
-    plain          then 400 steps on inputs of at most 5,024 tokens (the paper: 5K)
-    fast-forward   then, instead, 400 steps on short inputs, in half of which the memory has gone through up to 1.2 million
+    zero-shot      on inputs of at most 256 tokens, short ones first: from the start, long ones teach nothing
+    plain          then 400 steps on inputs of at most 5,000 tokens (the paper: 5K)
+    fast-forward   then, instead, 400 steps on short inputs, in half of which the memory goes through up to 1.2 million
                    tokens of hay, most of them counted instead of read. A departure: see fast_forward
 """
 import csv
@@ -19,25 +19,25 @@ import re
 import time
 from pathlib import Path
 
-import matplotlib
 import torch
 import torch.nn.functional as F
 
 from infini import InfiniConfig, InfiniTransformer, Memory, State, generate, stream
-from train import Parser, add_common_arguments, load_model, prepare, run, several, train, whole
+from train import Parser, add_common_arguments, heat_map, load_model, panels, prepare, run, several, train, whole
 
 INTRO = ("There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
          "I will quiz you about the important information there.")
 HAY = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 NEEDLE = "The pass key is {0}. Remember it. {0} is the pass key."
 QUESTION = "What is the pass key? The pass key is"
-LONGEST = {"zero-shot": 512, "plain": 5000, "fast-forward": 1024}    # tokens of a training input, give or take 24
+SHORTEST, LONGEST = 64, {"zero-shot": 256, "plain": 5000, "fast-forward": 1024}    # tokens of a training input
+STEPS = {"zero-shot": 2400, "plain": 400, "fast-forward": 400}
 
 PAPER = {    # Table 3: start/middle/end, digits right in %
-    "zero-shot": {"linear": "14/13/98 11/14/100 6/3/100 6/7/99 8/6/98", "delta": "13/11/99 6/9/99 7/5/99 6/8/97 7/6/97"},
+    "zero-shot": {"linear": "14/13/98 11/14/100 6/3/100 6/7/99 8/6/98",
+                  "delta": "13/11/99 6/9/99 7/5/99 6/8/97 7/6/97"},
     "plain": {"linear": "100/100/100 100/100/100 100/100/100 97/99/100 96/94/100",
               "delta": "100/100/100 100/100/99 100/100/99 100/100/100 100/100/100"}}
-PAPER_LENGTHS = [2 ** 15, 2 ** 17, 2 ** 18, 2 ** 19, 2 ** 20]
 
 
 # --- Text ----------------------------------------------------------------------------------------------------------
@@ -84,7 +84,7 @@ def repeats(n_tokens, digits=4):
 
 
 def write_inputs(keys, before, total):
-    """Whole inputs, answers included: (B, T). before: how many of the `total` repeats of the hay precede each needle."""
+    """Whole inputs with their answers: (B, T). before: how many of the `total` repeats of the hay precede each needle."""
     return torch.stack([torch.cat([encode(INTRO), encode(HAY).repeat(x), encode(NEEDLE.format(key)),
                                    encode(HAY).repeat(total - x), encode(QUESTION), encode(key)])
                         for key, x in zip(keys, before)])
@@ -95,7 +95,7 @@ def write_inputs(keys, before, total):
 def model_config(rule):
     """2 layers of 4 heads, 138,000 parameters. N = 32: what a segment can't see begins 32 tokens back."""
     return InfiniConfig(vocab_size=len(VOCABULARY), d_model=64, n_layers=2, n_heads=4, d_key=32, d_value=32, d_ff=256,
-                        segment_len=32, update=rule, rope_base=50.0)
+                        segment_len=32, update=rule, rope_base=50.0, gate_init=-2.0)
 
 
 def answer_loss(logits, keys):
@@ -106,76 +106,79 @@ def answer_loss(logits, keys):
     return F.cross_entropy(logits.flatten(0, 1), digits.flatten()), {"digits right": right}
 
 
-def plain_loss(seed, shortest, longest, digits, grow=lambda step: 1.0, tokens_per_step=4096):
-    """Loss on whole inputs, as in the paper: random keys, depths and lengths, the lengths from a range that may grow."""
+def plain_loss(seed, longest, digits, grow=lambda step: 1.0, tokens_per_step=1024):
+    """Loss on whole inputs, as in the paper: random keys, depths, and lengths, these from a range that may grow."""
     def loss_of(model, step):
         rng = random.Random(f"{seed}/{step}")
-        now = shortest * (longest / shortest) ** grow(step)
-        total = repeats(int(shortest * (now / shortest) ** rng.random()), digits)
-        keys = draw_keys(rng, max(1, tokens_per_step // (88 + len(words(HAY)) * total)), digits, held_out=False)
+        now = SHORTEST * (longest / SHORTEST) ** grow(step)
+        total = repeats(int(SHORTEST * (now / SHORTEST) ** rng.random()), digits)
+        keys = draw_keys(rng, max(1, tokens_per_step // (SHORTEST + len(words(HAY)) * total)), digits, held_out=False)
         inputs = write_inputs(keys, [rng.randint(0, total) for _ in keys], total).to(model.embedding.weight.device)
         loss, shown = answer_loss(model(inputs[:, :-1])[0], keys)
         return loss, inputs.numel(), shown
     return loss_of
 
 
-def fast_forward(model, state, periods, growth=3):
+def leaps(periods, growth=3):
+    """How often to count each period that is read, so that few readings make many periods: 1, 2, 6, 18, 54, ..."""
+    counts = []
+    while sum(counts) < periods:
+        counts.append(min(max(1, (growth - 1) * sum(counts)), periods - sum(counts)))
+    return counts
+
+
+def fast_forward(model, state, periods):
     """The state after `periods` more periods of hay (4 repeats = 3 segments each), without reading all of them.
 
-    The hay says the same again and again, so what it does to the memory changes slowly: read one period, and count what
-    it wrote n times, n growing with what was read so far. That takes about log(periods) / log(growth) periods, and
-    gradients flow through them.
+    The hay says the same again and again, so what it writes changes slowly: read one period, and add what it wrote to
+    the memory n times instead of once, n in proportion to what came before. Gradients flow through all of it.
     """
     period = encode(HAY).repeat(4).expand(state[0].k.shape[0], -1).to(state[0].k.device)
-    done = 0
-    while done < periods:
-        n = min(max(1, (growth - 1) * done), periods - done)
+    for n in leaps(periods):
         _, after = model(period, state)
-        state = [State(Memory(*(m + n * (m_after - m) for m, m_after in zip(s.memory, a.memory))), a.k, a.v)
+        state = [State(Memory(*(old + n * (new - old) for old, new in zip(s.memory, a.memory))), a.k, a.v)
                  for s, a in zip(state, after)]
-        done += n
     return state
 
 
 def fast_forward_loss(seed, digits, longest=1_200_000, rows=6):
-    """plain_loss in every other step, and loss on inputs with fast-forwarded hay in the steps between.
+    """plain_loss in every other step; in between, loss on inputs with up to `longest` tokens of fast-forwarded hay.
 
-    The long hay lies before the needle, behind it, or half and half; up to 3 repeats more shift everything against the
-    segments' borders.
+    It lies before the needle, behind it, or both; up to 3 repeats more shift everything against the segments' borders.
     """
-    plain, period = plain_loss(seed, 88, LONGEST["fast-forward"], digits), 4 * len(words(HAY))
+    plain, hay = plain_loss(seed, LONGEST["fast-forward"], digits, tokens_per_step=2048), encode(HAY)
+    most = longest / (4 * len(hay))                                           # periods
 
     def loss_of(model, step):
         if step % 2 == 0:
             return plain(model, step)
         rng, device = random.Random(f"{seed}/{step}"), model.embedding.weight.device
         keys = draw_keys(rng, rows, digits, held_out=False)
-        lengths = [int(10 * (longest / period / 10) ** rng.random()) for _ in range(2)]    # periods, log-uniform
-        before, after = rng.choice([(lengths[0], 0), (0, lengths[1]), lengths])
-        hay = [encode(HAY).repeat(rng.randint(0, 3)).to(device) for _ in range(3)]
-        _, state = model(torch.cat([encode(INTRO).to(device), hay[0]])[None])
-        state = copies(fast_forward(model, state, before), rows)
-        _, state = model(torch.stack([torch.cat([encode(NEEDLE.format(key)).to(device), hay[1]]) for key in keys]), state)
-        state = fast_forward(model, state, after)
-        end = torch.stack([torch.cat([hay[2], encode(QUESTION + " " + key).to(device)]) for key in keys])
-        loss, shown = answer_loss(model(end[:, :-1], state)[0], keys)
-        return loss, rows * period * (before + after), shown
+        before, after = (int(10 * (most / 10) ** rng.random()) for _ in range(2))    # log-uniform
+        before, after = rng.choice([(before, 0), (0, after), (before, after)])
+        shift = [hay.repeat(rng.randint(0, 3)) for _ in range(3)]
+        needles = torch.stack([torch.cat([encode(NEEDLE.format(key)), shift[1]]) for key in keys])
+        ends = torch.stack([torch.cat([shift[2], encode(QUESTION + " " + key)]) for key in keys])
+        _, state = model(torch.cat([encode(INTRO), shift[0]])[None].to(device))
+        _, state = model(needles.to(device), copies(fast_forward(model, state, before), rows))
+        logits, _ = model(ends[:, :-1].to(device), fast_forward(model, state, after))
+        loss, shown = answer_loss(logits, keys)
+        read = 4 * len(hay) * (len(leaps(before)) + rows * len(leaps(after))) + needles.numel() + ends.numel()
+        return loss, read, shown
     return loss_of
 
 
 def train_one(training, rule, args, start=None):
-    """Train one model of the table, from the checkpoint `start` where it is fine-tuned. Returns its checkpoint's path."""
-    path, steps = args.out / f"passkey-{training}-{rule}.pt", args.steps or (400 if start else 800)
+    """Train one model of the table, from the checkpoint `start` if it is fine-tuned. Returns its checkpoint's path."""
+    path, steps = args.out / f"passkey-{training}-{rule}.pt", args.steps or STEPS[training]
     torch.manual_seed(args.seed)
     model = load_model(start)[0] if start else InfiniTransformer(model_config(rule))
+    loss_of = {"zero-shot": lambda: plain_loss(args.seed, LONGEST[training], args.digits,
+                                               grow=lambda step: min(1, step / steps / 0.3)),
+               "plain": lambda: plain_loss(args.seed + 1, LONGEST[training], args.digits, tokens_per_step=5000),
+               "fast-forward": lambda: fast_forward_loss(args.seed + 1, args.digits)}[training]()
     rates = dict(lr=2e-3, gate_lr=1e-2) if start else dict(lr=4e-3, gate_lr=3e-2)
-    if training == "zero-shot":
-        loss_of = plain_loss(args.seed, 88, LONGEST[training], args.digits, lambda step: min(1, max(0, step / steps - 0.3) / 0.4))
-    elif training == "plain":
-        loss_of = plain_loss(args.seed + 1, 88, LONGEST[training], args.digits)
-    else:
-        loss_of = fast_forward_loss(args.seed + 1, args.digits)
-    print(f"{training}, {rule}: {steps} steps of training, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+    print(f"{training}, {rule}: {steps} steps, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     settings = dict(training=training, seed=args.seed, steps=steps, digits=args.digits)
     train(model.to(args.device), loss_of, steps, path, **rates, resume=args.resume, settings=settings)
     return path
@@ -222,64 +225,45 @@ def evaluate(model, n_tokens, depth, keys):
 
 
 def evaluate_all(model, lengths, depths, keys):
-    """A row of the table, printed cell by cell. Returns (tokens, depth, digits right, keys right, seconds) per depth."""
+    """A row of the table, printed cell by cell. Returns (tokens, depth, digits right, keys right, seconds) for each."""
     rows = []
     for n_tokens in lengths:
         for depth in depths:
             start = time.monotonic()
             rows.append((n_tokens, depth, *evaluate(model, n_tokens, depth, keys), time.monotonic() - start))
-        print(f"{cell(rows[-len(depths):]):>{width(depths)}}", end="", flush=True)
+        print_row(None, ["/".join(f"{100 * row[2]:.0f}" for row in rows[-len(depths):])], depths, end="")
     print()
     return rows
 
 
-def cell(rows):
-    return "/".join(f"{100 * row[2]:.0f}" for row in rows)
-
-
-def width(depths):
-    return 3 + 4 * len(depths)
+def print_row(name, cells, depths, end="\n"):
+    """A row of the table, or the next cells of one that was begun: name=None."""
+    start = "" if name is None else f"{name:22}"
+    print(start + "".join(cell.rjust(4 * len(depths) + 2) for cell in cells), end=end, flush=True)
 
 
 def short(n):
     """32768 -> 32K"""
-    return f"{n // 1024}K" if n % 1024 == 0 and n < 2 ** 20 else f"{n // 2 ** 20}M" if n % 2 ** 20 == 0 else f"{n:,}"
+    for unit, name in ((2 ** 20, "M"), (2 ** 10, "K")):
+        if n % unit == 0:
+            return f"{n // unit}{name}"
+    return f"{n:,}"
 
 
-def write_table(results, path):
-    with open(path, "w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["training", "rule", "tokens", "depth", "digits_right", "keys_right", "seconds"])
-        table.writerows([*model, *row] for model, rows in results.items() for row in rows)
-
-
-def draw_heat_map(results, path):
-    """Depth by length, a panel per model. results: {(training, rule): rows of evaluate_all}."""
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+def draw(results, path):
+    """Heat maps, depth by length, a panel per model. results: {(training, rule): rows of evaluate_all}."""
     columns = min(2, len(results))
-    lines = math.ceil(len(results) / columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(1 + 4.4 * columns, 0.4 + 3.0 * lines), squeeze=False,
-                                sharex=True, sharey=True, layout="constrained")
-    for axis in axes.flat[len(results):]:
-        axis.set_visible(False)
+    figure, axes = panels(math.ceil(len(results) / columns), columns)
     for axis, ((training, rule), rows) in zip(axes.flat, results.items()):
         lengths, depths = (sorted({row[i] for row in rows}) for i in (0, 1))
         share = {row[:2]: 100 * row[2] for row in rows}
-        grid = [[share[n, d] for n in lengths] for d in depths]
-        image = axis.imshow(grid, cmap="cividis", vmin=0, vmax=100, aspect="auto")
-        for y, line in enumerate(grid):
-            for x, value in enumerate(line):
-                axis.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=7, color="wk"[value > 60])
-        axis.set_xticks(range(len(lengths)), [short(n) for n in lengths])
-        axis.set_yticks(range(len(depths)), [f"{d:.0%}" for d in depths])
+        image = heat_map(axis, [[share[n, d] for n in lengths] for d in depths], 100, "{:.0f}",
+                         x=[short(n) for n in lengths], y=[f"{d:.0%}" for d in depths])
         axis.set_title(f"{training}, update rule {rule}", fontsize=10)
-        axis.label_outer()
     figure.supxlabel("length of the input (tokens)")
     figure.supylabel("depth of the key")
     figure.colorbar(image, ax=axes, label="digits right (%)")
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 # --- The command ---------------------------------------------------------------------------------------------------
@@ -329,14 +313,18 @@ def main():
         model, settings = load_model(path, args.device)
         training, rule = settings["training"], model.config.update
         if not results:
-            print(f"Digits right in % at depths {', '.join(f'{d:.0%}' for d in args.depths)}; {args.keys} held-out keys a cell")
-            print(f"{'':22}" + "".join(f"{short(n):>{width(args.depths)}}" for n in args.lengths), flush=True)
-        print(f"{training + ', ' + rule:22}", end="", flush=True)
+            depths = "/".join(f"{d:.0%}" for d in args.depths)
+            print(f"\nDigits right in %, key at {depths} of the hay, {args.keys} held-out keys a cell")
+            print_row("", [short(n) for n in args.lengths], args.depths)
+        print_row(f"{training}, {rule}", [], args.depths, end="")
         results[training, rule] = evaluate_all(model, args.lengths, args.depths, keys)
-        if (args.lengths, args.depths, training in PAPER) == (PAPER_LENGTHS, [0, 0.5, 1], True):
-            print(f"{'  the paper':22}" + "".join(f"{c:>{width(args.depths)}}" for c in PAPER[training][rule].split()))
-    write_table(results, args.csv or args.out / "passkey.csv")
-    draw_heat_map(results, args.out / "passkey.png")
+        if args.lengths == [2 ** i for i in (15, 17, 18, 19, 20)] and args.depths == [0, 0.5, 1] and training in PAPER:
+            print_row("    in the paper", PAPER[training][rule].split(), args.depths)
+    with open(args.csv or args.out / "passkey.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["training", "rule", "tokens", "depth", "digits_right", "keys_right", "seconds"])
+        table.writerows([*model, *row] for model, rows in results.items() for row in rows)
+    draw(results, args.out / "passkey.png")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import torch
 
 from infini import InfiniConfig, InfiniTransformer
@@ -173,6 +174,26 @@ def load_model(path, device="cpu"):
     model = InfiniTransformer(InfiniConfig(**content["config"]))
     model.load_state_dict(content["model"])
     return model.to(device).eval(), content["settings"]
+
+
+# --- Pictures ------------------------------------------------------------------------------------------------------
+
+def panels(lines, columns):
+    """A figure with lines x columns panels that share their axes. Returns it and the panels."""
+    return plt.subplots(lines, columns, figsize=(1 + 4.4 * columns, 0.4 + 3.0 * lines), squeeze=False, sharex=True,
+                        sharey=True, layout="constrained")
+
+
+def heat_map(axis, grid, high, text, x, y):
+    """Draw a grid of numbers from 0 to `high` as colours and text; x, y: labels. Returns the image."""
+    image = axis.imshow(grid, cmap="cividis", vmin=0, vmax=high, aspect="auto")
+    for row, line in enumerate(grid):
+        for column, value in enumerate(line):
+            colour = "black" if value > 0.6 * high else "white"
+            axis.text(column, row, text.format(value), ha="center", va="center", fontsize=7, color=colour)
+    axis.set_xticks(range(len(x)), x)
+    axis.set_yticks(range(len(y)), y)
+    return image
 
 
 # --- The command line ----------------------------------------------------------------------------------------------
