@@ -249,7 +249,7 @@ def inject(beta, a_mem, a_dot):
 # --- The layer -----------------------------------------------------------------------------------------------------
 
 class State(NamedTuple):
-    """All that a layer keeps between two calls. A value: no call changes it, `detach` it to cut the gradient."""
+    """All that a layer keeps between two calls. A value: no call changes it."""
     memory: Optional[Memory]    # None where attention is not "infini"
     k: torch.Tensor             # (B, H, L, d_key)      keys of the open segment, without positions: L < N
     v: torch.Tensor             # (B, H, L, d_value)    and its values. "xl" keeps the segment before too, "full" all.
@@ -330,7 +330,7 @@ class InfiniAttention(nn.Module):
             if memory is not None:
                 memory = UPDATE[self.config.update](memory, k, v)
             keep = k.shape[2] - self.prior
-            k, v = k[:, :, keep:].detach(), v[:, :, keep:].detach()
+            k, v = k[:, :, keep:].detach().clone(), v[:, :, keep:].detach().clone()
         return a, State(memory, k, v)
 
     def segments(self, q, k, v, state):
@@ -344,9 +344,9 @@ class InfiniAttention(nn.Module):
         if state.memory is not None:
             M, z = scan(state.memory, k, v, self.config.update)
             a = inject(self.beta, retrieve(q, Memory(M[:, :-1], z[:, :-1])), a)
-            memory = Memory(M[:, -1], z[:, -1])
+            memory = Memory(M[:, -1].clone(), z[:, -1].clone())               # a view would keep all S of them alive
         keep = self.N - self.prior
-        state = State(memory, k[:, -1, :, keep:].detach(), v[:, -1, :, keep:].detach())
+        state = State(memory, k[:, -1, :, keep:].detach().clone(), v[:, -1, :, keep:].detach().clone())
         return a.transpose(1, 2).flatten(2, 3), state
 
     def attend(self, q, k, v):

@@ -231,9 +231,14 @@ def evaluate_all(model, lengths, depths, keys):
         for depth in depths:
             start = time.monotonic()
             rows.append((n_tokens, depth, *evaluate(model, n_tokens, depth, keys), time.monotonic() - start))
-        print_row(None, ["/".join(f"{100 * row[2]:.0f}" for row in rows[-len(depths):])], depths, end="")
+        print_row(None, [percents(row[2] for row in rows[-len(depths):])], depths, end="")
     print()
+    print_row("    whole keys", [percents(row[3] for row in rows if row[0] == n) for n in lengths], depths)
     return rows
+
+
+def percents(shares):
+    return "/".join(f"{100 * share:.0f}" for share in shares)
 
 
 def print_row(name, cells, depths, end="\n"):

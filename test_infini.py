@@ -353,7 +353,9 @@ def test_the_state_has_the_same_size_after_1_and_after_1000_segments(rule):
     model, tokens = make("infini-" + rule, torch.float32), tokens_of(1, 5004)
     for T, open_tokens in ((5, 0), (5000, 0), (4, 4), (5004, 4)):    # at most N - 1 = 4 tokens are open
         _, state = stream(model, tokens[:, :T], chunk_len=333)
-        assert sum(t.numel() for t in tensors_in(state)) == 2 * 3 * (4 * (6 + 1) + open_tokens * (4 + 6))
+        size = 2 * 3 * (4 * (6 + 1) + open_tokens * (4 + 6))
+        assert sum(t.numel() for t in tensors_in(state)) == size
+        assert sum(t.untyped_storage().nbytes() for t in tensors_in(state)) == 4 * size      # no view of something large
 
 
 def test_xl_keeps_at_most_two_segments_and_full_keeps_all():
