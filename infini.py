@@ -64,7 +64,7 @@ class InfiniConfig:
     rope_base: float = 100.0     # small, since positions count inside the segment only
     gate_init: float = 0.0       # beta at the start; 0: half memory, half segment
     form: str = "parallel"       # all complete segments at once, or "recurrent": one after the other. Same numbers.
-    checkpoint: bool = False     # recompute each segment in the backward pass instead of storing it
+    checkpoint: bool = False     # in training, recompute each segment in the backward pass instead of storing it
 
     def __post_init__(self):
         for field in fields(self):
@@ -110,7 +110,8 @@ def mnm_write(theta, k, v, lr=1.0):
 def mnm(x, h, theta, w_x, w_h, w_q, w_k, w_v, lr=1.0):
     """Metalearned Neural Memory, Eq. 2: all of the past is one vector and the weights of a small network.
 
-    x: (B, d_in), h: (B, d_h); w_q, w_k: (d_h, d_key), w_v: (d_h, d_h). Returns the next h and theta.
+    x: (B, d_in), h: (B, d_h); w_q, w_k: (d_h, d_key), w_v: (d_h, d_h). Returns the next h and theta. The B rows are
+    of one document: they share the memory.
     """
     h = rnn(x, h, w_x, w_h)
     return h + mnm_read(theta, h @ w_q), mnm_write(theta, h @ w_k, h @ w_v, lr)
@@ -158,7 +159,8 @@ def full_precision(x):
 def normaliser(sx, z):
     """sigma(x) z, the denominator in Eqs. 7 and 9. sx: (..., T, d_key), z: (..., d_key). Returns (..., T, 1).
 
-    Departure: in the first segment the paper's quotient is 0/0. Dividing by 1 instead makes it exactly 0.
+    Departure: in the first segment the paper's quotient is 0/0. Dividing by 1 instead makes it exactly 0. A sum below
+    1e-30 counts as empty too: its gradient, with a square of it in the denominator, would overflow float32.
     """
     norm = sx @ z.unsqueeze(-1)
     return torch.where(norm > 1e-30, norm, 1.0)
@@ -251,8 +253,8 @@ def inject(beta, a_mem, a_dot):
 class State(NamedTuple):
     """All that a layer keeps between two calls. A value: no call changes it."""
     memory: Optional[Memory]    # None where attention is not "infini"
-    k: torch.Tensor             # (B, H, L, d_key)      keys of the open segment, without positions: L < N
-    v: torch.Tensor             # (B, H, L, d_value)    and its values. "xl" keeps the segment before too, "full" all.
+    k: torch.Tensor             # (B, H, L, d_key)      keys of the open segment, L < N, without positions,
+    v: torch.Tensor             # (B, H, L, d_value)    and its values; "xl" keeps the segment before too, "full" all
 
 
 class InfiniAttention(nn.Module):
@@ -312,7 +314,7 @@ class InfiniAttention(nn.Module):
         """
         to_end = self.prior - L if L < self.prior else -L % self.N
         head = min(to_end, T)
-        S, tail = divmod(T - head, self.N)
+        S, tail = (T - head) // self.N, (T - head) % self.N
         body = [self.N] * S if form == "recurrent" else [self.N * S]
         return [length for length in [head, *body, tail] if length]
 
@@ -322,7 +324,8 @@ class InfiniAttention(nn.Module):
         Reads M_{s-1} first and writes after, when the segment is complete. Returns a: (B, H, T, d_value), next state.
         """
         T, memory = q.shape[2], state.memory
-        k, v = torch.cat([state.k, k], 2), torch.cat([state.v, v], 2)         # (B, H, L + T, d)
+        k = torch.cat([state.k.to(k.dtype), k], 2)                            # (B, H, L + T, d_key)
+        v = torch.cat([state.v.to(v.dtype), v], 2)
         a = self.attend(q, k, v)
         if memory is not None:
             a = inject(self.beta, retrieve(q, memory), a)
@@ -338,7 +341,7 @@ class InfiniAttention(nn.Module):
         q, k, v = (y.unflatten(2, (-1, self.N)).transpose(1, 2) for y in (q, k, v))    # (B, S, H, N, d)
         k_seen, v_seen, memory = k, v, None
         if self.prior:    # xl: each segment sees the one before it too, without gradient      (B, S, H, 2 N, d)
-            k_seen, v_seen = (torch.cat([torch.cat([old.unsqueeze(1), new[:, :-1]], 1).detach(), new], 3)
+            k_seen, v_seen = (torch.cat([torch.cat([old.to(new.dtype).unsqueeze(1), new[:, :-1]], 1).detach(), new], 3)
                               for old, new in ((state.k, k), (state.v, v)))
         a = self.attend(q, k_seen, v_seen)
         if state.memory is not None:
@@ -372,7 +375,7 @@ class InfiniAttention(nn.Module):
         for name, part, shape in parts:
             require(part.shape == shape, f"state.{name} of shape", tuple(part.shape), f"{shape}, as model and batch")
             require(part.device == x.device, f"state.{name} on device", part.device, f"{x.device}, as the input")
-        require(L < self.N + self.prior, "state with open tokens", L, f"below segment_len = {self.N}")
+        require(L < self.N + self.prior, "state with open tokens", L, f"below {self.N + self.prior}, given by segment_len")
         require(c.causal or L % self.N == 0, "state", f"inside a segment ({L % self.N} tokens)",
                 "at the end of one: with causal=False a call begins where a segment begins")
         return state
@@ -479,6 +482,7 @@ def stream(model, tokens, state=None, chunk_len=2048):
     tokens: (B, T). Returns the logits after the last token, (B, vocab_size), and the state.
     """
     require(isinstance(chunk_len, int) and chunk_len >= 1, "chunk_len", repr(chunk_len), "a whole number of at least 1")
+    model.check(tokens, state)
     for piece in tokens.split(chunk_len, 1):
         logits, state = model(piece, state)
     return logits[:, -1], state
@@ -504,7 +508,8 @@ def generate(model, prompt, max_new_tokens, temperature=1.0, top_p=1.0, generato
         if temperature == 0:
             token = logits.argmax(-1, keepdim=True)                           # (B, 1)
         else:
-            p, order = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
+            logits = logits.double() - logits.max(-1, keepdim=True).values    # so that no temperature overflows
+            p, order = (logits / temperature).softmax(-1).sort(-1, descending=True)
             p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)                   # the likeliest one always stays
             token = order.gather(-1, p.multinomial(1, generator=generator))
         tokens.append(token)

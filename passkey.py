@@ -179,7 +179,8 @@ def train_one(training, rule, args, start=None):
                "fast-forward": lambda: fast_forward_loss(args.seed + 1, args.digits)}[training]()
     rates = dict(lr=2e-3, gate_lr=1e-2) if start else dict(lr=4e-3, gate_lr=3e-2)
     print(f"{training}, {rule}: {steps} steps, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
-    settings = dict(training=training, seed=args.seed, steps=steps, digits=args.digits)
+    begin = sum(p.double().sum().item() for p in model.parameters())          # changes with the weights it starts from
+    settings = dict(training=training, seed=args.seed, digits=args.digits, begin=begin)
     train(model.to(args.device), loss_of, steps, path, **rates, resume=args.resume, settings=settings)
     return path
 
@@ -256,15 +257,17 @@ def short(n):
 
 
 def draw(results, path):
-    """Heat maps, depth by length, a panel per model. results: {(training, rule): rows of evaluate_all}."""
+    """Heat maps, depth by length, a panel per model. results: {(training, rule, seed): rows of evaluate_all}."""
     columns = min(2, len(results))
     figure, axes = panels(math.ceil(len(results) / columns), columns)
-    for axis, ((training, rule), rows) in zip(axes.flat, results.items()):
+    for axis in axes.flat[len(results):]:
+        axis.set_visible(False)
+    for axis, ((training, rule, seed), rows) in zip(axes.flat, results.items()):
         lengths, depths = (sorted({row[i] for row in rows}) for i in (0, 1))
         share = {row[:2]: 100 * row[2] for row in rows}
         image = heat_map(axis, [[share[n, d] for n in lengths] for d in depths], 100, "{:.0f}",
                          x=[short(n) for n in lengths], y=[f"{d:.0%}" for d in depths])
-        axis.set_title(f"{training}, update rule {rule}", fontsize=10)
+        axis.set_title(f"{training}, update rule {rule}, seed {seed}", fontsize=9)
     figure.supxlabel("length of the input (tokens)")
     figure.supylabel("depth of the key")
     figure.colorbar(image, ax=axes, label="digits right (%)")
@@ -286,17 +289,20 @@ def percent(text):
 def parse_arguments():
     parser = Parser(description="Find a pass key in up to a million tokens: the paper's section 4.3 and Table 3.")
     add_common_arguments(parser)
-    parser.add_argument("--rule", choices=["linear", "delta", "both"], default="both", help="Eq. 8, Eq. 9, or both")
-    parser.add_argument("--training", choices=[*LONGEST, "all"], default="all", help="which way of training")
-    parser.add_argument("--steps", type=whole(1), help="training steps (default: 800, then 400)")
-    parser.add_argument("--digits", type=whole(1, 9), default=4, help="digits of a key")
-    parser.add_argument("--lengths", type=several(tokens), default="32K,128K,256K,512K,1M",
-                        help="of the inputs of the evaluation, in tokens; K and M are understood")
-    parser.add_argument("--depths", type=several(percent), default="0,50,100", help="of the key, in %% of the hay")
-    parser.add_argument("--keys", type=whole(1, 500), default=20, help="held-out keys per cell")
-    parser.add_argument("--eval-seed", type=whole(0), default=1234, help="draws the held-out keys")
-    parser.add_argument("--load", type=Path, nargs="+", help="evaluate these checkpoints instead of training")
-    parser.add_argument("--csv", type=Path, help="where to write the table for a program (default: OUT/passkey.csv)")
+    parser.add_argument("--rule", choices=["linear", "delta", "both"], default="both",
+                        help="update rule of the memory: Eq. 8, Eq. 9, or one model for each (default: %(default)s)")
+    parser.add_argument("--training", choices=[*LONGEST, "all"], default="all",
+                        help="way of training, as told at the top of passkey.py (default: %(default)s)")
+    parser.add_argument("--steps", type=whole(1), help=f"training steps (default: {STEPS})")
+    parser.add_argument("--digits", type=whole(1, 9), default=4, help="digits of a key (default: %(default)s)")
+    parser.add_argument("--lengths", type=several(tokens), default="1K,8K,32K",
+                        help="lengths of the texts to search, in tokens; 1K is 1024, 1M is 1024K (default: %(default)s)")
+    parser.add_argument("--depths", type=several(percent), default="0,50,100",
+                        help="where the key is, in %% of the hay (default: %(default)s)")
+    parser.add_argument("--keys", type=whole(1, 500), default=20, help="keys per length and depth (default: %(default)s)")
+    parser.add_argument("--eval-seed", type=whole(0), default=1234, help="draws those keys (default: %(default)s)")
+    parser.add_argument("--load", type=Path, nargs="+", metavar="FILE", help="don't train: evaluate these checkpoints")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="the table for a program (default: OUT/passkey.csv)")
     return parser.parse_args()
 
 
@@ -316,18 +322,20 @@ def main():
     results = {}
     for path in paths:
         model, settings = load_model(path, args.device)
+        if "training" not in settings or model.config.vocab_size != len(VOCABULARY):
+            raise ValueError(f"{path} was of another task, must be a checkpoint of passkey.py")
         training, rule = settings["training"], model.config.update
         if not results:
             depths = "/".join(f"{d:.0%}" for d in args.depths)
             print(f"\nDigits right in %, key at {depths} of the hay, {args.keys} held-out keys a cell")
             print_row("", [short(n) for n in args.lengths], args.depths)
         print_row(f"{training}, {rule}", [], args.depths, end="")
-        results[training, rule] = evaluate_all(model, args.lengths, args.depths, keys)
+        results[training, rule, settings["seed"]] = evaluate_all(model, args.lengths, args.depths, keys)
         if args.lengths == [2 ** i for i in (15, 17, 18, 19, 20)] and args.depths == [0, 0.5, 1] and training in PAPER:
             print_row("    in the paper", PAPER[training][rule].split(), args.depths)
     with open(args.csv or args.out / "passkey.csv", "w", newline="") as file:
         table = csv.writer(file)
-        table.writerow(["training", "rule", "tokens", "depth", "digits_right", "keys_right", "seconds"])
+        table.writerow(["training", "rule", "seed", "tokens", "depth", "digits_right", "keys_right", "seconds"])
         table.writerows([*model, *row] for model, rows in results.items() for row in rows)
     draw(results, args.out / "passkey.png")
 

@@ -55,7 +55,8 @@ def train(model, loss_of, steps, path, lr, gate_lr, weight_decay=0.0, warmup=50,
     Returns the loss of every step. Raises ValueError on a checkpoint that does not fit, OSError on one that can't be
     read or written.
     """
-    optimizer, losses, settings = make_optimizer(model, lr, gate_lr, weight_decay), [], dict(settings or {})
+    optimizer, losses = make_optimizer(model, lr, gate_lr, weight_decay), []
+    settings = dict(settings or {}, steps=steps, lr=lr, gate_lr=gate_lr, weight_decay=weight_decay, warmup=warmup, clip=clip)
     if resume and Path(path).exists():
         found = read_checkpoint(path)
         made, wanted = ({**c, **s} for c, s in ((found["config"], found["settings"]), (asdict(model.config), settings)))
@@ -81,6 +82,8 @@ def train(model, loss_of, steps, path, lr, gate_lr, weight_decay=0.0, warmup=50,
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * schedule(step, steps, warmup)
             loss, n_tokens, shown = loss_of(model, step)
+            if not math.isfinite(loss.item()):
+                raise ValueError(f"loss was {loss.item()} at step {step + 1}, must be finite; {path} is as last saved")
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
@@ -93,8 +96,10 @@ def train(model, loss_of, steps, path, lr, gate_lr, weight_decay=0.0, warmup=50,
                 raise KeyboardInterrupt(f"stopped after step {step + 1} of {steps}; --resume goes on from {path}")
             if (step + 1) % save_every == 0 and step + 1 < steps:
                 save(done=False)
-    save(done=True)
+        save(done=True)
     progress.close()
+    if interrupted.is_set():
+        raise KeyboardInterrupt(f"stopped; the training was complete, and is in {path}")
     return losses
 
 
@@ -135,6 +140,7 @@ def interrupts():
         if event.is_set():
             raise KeyboardInterrupt("stopped at once; the last checkpoint is whole")
         event.set()
+        print("\nfinishing this step, then saving; Ctrl-C again stops at once", file=sys.stderr)
     before = signal.signal(signal.SIGINT, handler)
     try:
         yield event
@@ -153,7 +159,7 @@ def write_checkpoint(path, content):
     try:
         beside.write_bytes(buffer.getbuffer())
         os.replace(beside, path)
-    except OSError:
+    except BaseException:
         beside.unlink(missing_ok=True)
         raise
 
@@ -171,8 +177,11 @@ def read_checkpoint(path):
 def load_model(path, device="cpu"):
     """The model in a checkpoint, ready to be used. Returns it and the settings of its training."""
     content = read_checkpoint(path)
-    model = InfiniTransformer(InfiniConfig(**content["config"]))
-    model.load_state_dict(content["model"])
+    try:
+        model = InfiniTransformer(InfiniConfig(**content["config"]))
+        model.load_state_dict(content["model"])
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"{path} was made by another version, must be made by this one") from error
     return model.to(device).eval(), content["settings"]
 
 
@@ -199,10 +208,10 @@ def heat_map(axis, grid, high, text, x, y):
 # --- The command line ----------------------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but what is wrong with an argument is said in one line, and defaults are shown."""
+    """argparse, but what is wrong with an argument is said in one line, and no argument can be abbreviated."""
 
     def __init__(self, **kw):
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kw)
+        super().__init__(allow_abbrev=False, **kw)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")
@@ -222,15 +231,17 @@ def whole(low, high=2 ** 31):
 
 
 def several(parse):
-    """An argument type: values separated by commas (or by spaces inside quotes)."""
+    """An argument type: values separated by commas."""
     return lambda text: [parse(part) for part in text.replace(",", " ").split()] or parse(text)
 
 
 def add_common_arguments(parser):
-    parser.add_argument("--seed", type=whole(0), default=0, help="of the weights and of the training data")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or mps")
-    parser.add_argument("--threads", type=whole(1, 1024), default=os.cpu_count(), help="CPU threads")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for checkpoints, tables and pictures")
+    parser.add_argument("--seed", type=whole(0), default=0, help="of weights and training data (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or mps (default: %(default)s)")
+    parser.add_argument("--threads", type=whole(1, 1024), default=os.cpu_count() or 1,
+                        help="CPU cores to use (default: all, here %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("out"), metavar="FOLDER",
+                        help="for checkpoints, tables and pictures (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on with a training that was stopped")
 
 
@@ -239,7 +250,7 @@ def prepare(args):
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     try:
-        torch.zeros(1, device=args.device)
+        torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device was {args.device!r}, must be a device of this machine, such as cpu") from error
     args.out.mkdir(parents=True, exist_ok=True)
