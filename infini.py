@@ -375,7 +375,8 @@ class InfiniAttention(nn.Module):
         for name, part, shape in parts:
             require(part.shape == shape, f"state.{name} of shape", tuple(part.shape), f"{shape}, as model and batch")
             require(part.device == x.device, f"state.{name} on device", part.device, f"{x.device}, as the input")
-        require(L < self.N + self.prior, "state with open tokens", L, f"below {self.N + self.prior}, given by segment_len")
+        most = self.N + self.prior
+        require(L < most, "state with open tokens", L, f"below {most}, as segment_len = {c.segment_len} makes it")
         require(c.causal or L % self.N == 0, "state", f"inside a segment ({L % self.N} tokens)",
                 "at the end of one: with causal=False a call begins where a segment begins")
         return state

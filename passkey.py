@@ -84,7 +84,7 @@ def repeats(n_tokens, digits=4):
 
 
 def write_inputs(keys, before, total):
-    """Whole inputs with their answers: (B, T). before: how many of the `total` repeats of the hay precede each needle."""
+    """Whole inputs with their answers: (B, T). before: how many of `total` repeats of the hay precede each needle."""
     return torch.stack([torch.cat([encode(INTRO), encode(HAY).repeat(x), encode(NEEDLE.format(key)),
                                    encode(HAY).repeat(total - x), encode(QUESTION), encode(key)])
                         for key, x in zip(keys, before)])
@@ -296,10 +296,10 @@ def parse_arguments():
     parser.add_argument("--steps", type=whole(1), help=f"training steps (default: {STEPS})")
     parser.add_argument("--digits", type=whole(1, 9), default=4, help="digits of a key (default: %(default)s)")
     parser.add_argument("--lengths", type=several(tokens), default="1K,8K,32K",
-                        help="lengths of the texts to search, in tokens; 1K is 1024, 1M is 1024K (default: %(default)s)")
+                        help="lengths of the texts, in tokens; 1K is 1024, 1M is 1024K (default: %(default)s)")
     parser.add_argument("--depths", type=several(percent), default="0,50,100",
                         help="where the key is, in %% of the hay (default: %(default)s)")
-    parser.add_argument("--keys", type=whole(1, 500), default=20, help="keys per length and depth (default: %(default)s)")
+    parser.add_argument("--keys", type=whole(1, 500), default=20, help="keys per cell (default: %(default)s)")
     parser.add_argument("--eval-seed", type=whole(0), default=1234, help="draws those keys (default: %(default)s)")
     parser.add_argument("--load", type=Path, nargs="+", metavar="FILE", help="don't train: evaluate these checkpoints")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="the table for a program (default: OUT/passkey.csv)")

@@ -56,7 +56,8 @@ def train(model, loss_of, steps, path, lr, gate_lr, weight_decay=0.0, warmup=50,
     read or written.
     """
     optimizer, losses = make_optimizer(model, lr, gate_lr, weight_decay), []
-    settings = dict(settings or {}, steps=steps, lr=lr, gate_lr=gate_lr, weight_decay=weight_decay, warmup=warmup, clip=clip)
+    settings = dict(settings or {}, steps=steps, lr=lr, gate_lr=gate_lr, weight_decay=weight_decay, warmup=warmup,
+                    clip=clip)
     if resume and Path(path).exists():
         found = read_checkpoint(path)
         made, wanted = ({**c, **s} for c, s in ((found["config"], found["settings"]), (asdict(model.config), settings)))
