@@ -509,13 +509,14 @@ def generate(model, prompt, max_new_tokens, temperature=1.0, top_p=1.0, generato
         if temperature == 0:
             token = logits.argmax(-1, keepdim=True)                           # (B, 1)
         else:
-            logits = logits.double() - logits.max(-1, keepdim=True).values    # so that no temperature overflows
-            p, order = (logits / temperature).softmax(-1).sort(-1, descending=True)
+            logits = logits.float() - logits.float().amax(-1, keepdim=True)   # so that no temperature overflows
+            p, order = (logits / max(temperature, 1e-30)).softmax(-1).sort(-1, descending=True)
             p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)                   # the likeliest one always stays
             token = order.gather(-1, p.multinomial(1, generator=generator))
         tokens.append(token)
         if on_token is not None:
             on_token(token[:, 0])
         if i + 1 < max_new_tokens:
-            logits, state = stream(model, token, state)
+            logits, state = model(token, state)
+            logits = logits[:, -1]
     return torch.cat(tokens, 1)

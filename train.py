@@ -83,14 +83,15 @@ def train(model, loss_of, steps, path, lr, gate_lr, weight_decay=0.0, warmup=50,
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * schedule(step, steps, warmup)
             loss, n_tokens, shown = loss_of(model, step)
-            if not math.isfinite(loss.item()):
-                raise ValueError(f"loss was {loss.item()} at step {step + 1}, must be finite; {path} is as last saved")
+            value = loss.item()
+            if not math.isfinite(value):
+                raise ValueError(f"loss was {value} at step {step + 1}, must be finite; {path} is as last saved")
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
             optimizer.step()
-            losses.append(loss.item())
-            progress.show(step + 1, n_tokens, dict(loss=losses[-1], **shown))
+            losses.append(value)
+            progress.show(step + 1, n_tokens, dict(loss=value, **shown))
             if interrupted.is_set():
                 save(done=False)
                 progress.close()
