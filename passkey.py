@@ -1,43 +1,64 @@
 """The paper's own task (section 4.3, appendix B): find a pass key hidden in a long irrelevant text. Our Table 3.
 
-    python passkey.py                                 train both rules in three ways, look for keys in up to 1M tokens
-    python passkey.py --rule delta --training plain   one rule, one way
-    python passkey.py --load out/*.pt --lengths 1024  evaluate trained models
+    python passkey.py                              train a model in each way, look for keys in up to a million tokens
+    python passkey.py --load assets/passkey-*.pt   look only
+    python passkey.py --load FILE --text all       is it the key that the model has learned, or the hay?
+    python passkey.py capacity                     many named keys in one input: how many does a memory hold?
 
 The prompt is the paper's, word for word. A token is a word, a punctuation mark or a single digit: the prompt needs 53.
-No key of the evaluation occurs in any training. The three ways of training:
+No key of the evaluation occurs in any training. The ways of training:
 
+    local          as zero-shot, but attention="local": the control, a model without memory
+    one-rate       as zero-shot, but the gates start half open and have the learning rate of everything else
     zero-shot      on inputs of at most 256 tokens, short ones first: from the start, long ones teach nothing
-    plain          then 400 steps on inputs of at most 5,000 tokens (the paper: 5K)
-    fast-forward   then, instead, 400 steps on short inputs, in half of which the memory goes through up to 1.2 million
-                   tokens of hay, most of them counted instead of read. A departure: see fast_forward
+    plain          zero-shot, then inputs of at most 5,000 tokens (the paper: 5K)
+    fast-forward   zero-shot, then short inputs, in half of which the memory goes through up to 1.2 million tokens of
+                   hay, most of them counted instead of read. A departure: see fast_forward
+
+In all of them half of the inputs have other hay than the paper's, and a third have keys of 3 to 6 digits: a model that
+has seen one paragraph only learns to ignore that paragraph.
 """
+import argparse
 import csv
 import math
 import random
 import re
 import time
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from infini import InfiniConfig, InfiniTransformer, Memory, State, generate, stream
-from train import Parser, add_common_arguments, heat_map, load_model, panels, prepare, run, several, train, whole
+from train import (Parser, Progress, add_common_arguments, draw_lines, heat_map, load_model, panels, peak_memory,
+                   prepare, run, several, train, whole)
 
 INTRO = ("There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
          "I will quiz you about the important information there.")
 HAY = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+OTHER_HAY = "The sun is green. Here is the grass. Find it again and again. There is a lot of yellow text."
 NEEDLE = "The pass key is {0}. Remember it. {0} is the pass key."
 QUESTION = "What is the pass key? The pass key is"
-SHORTEST, LONGEST = 64, {"zero-shot": 256, "plain": 5000, "fast-forward": 1024}    # tokens of a training input
-STEPS = {"zero-shot": 2400, "plain": 400, "fast-forward": 400}
+NAMED, NAMED_QUESTION = "The pass key of {1} is {0}.", "What is the pass key of {1}? The pass key of {1} is"
+DECOY = "The blue info is {1}. Find it. {1} is the blue info."
+TEXTS = {    # what models are evaluated on, the paper's text and departures from it: hay, needle, digits if not as told
+    "paper": ("paper", NEEDLE, None), "shuffled": ("shuffled", NEEDLE, None), "other": ("other", NEEDLE, None),
+    "words": ("words", NEEDLE, None), "3-digits": ("paper", NEEDLE, 3), "6-digits": ("paper", NEEDLE, 6),
+    "twice": ("paper", f"{NEEDLE} {HAY} {NEEDLE}", None), "decoy": ("paper", f"{NEEDLE} {HAY} {DECOY}", None)}
+SHORTEST = 64    # tokens of a training input, at least
+TRAININGS = {    # steps, tokens in the longest input, tokens in a step
+    "local": (2400, 256, 1024), "one-rate": (2400, 256, 1024), "zero-shot": (2400, 256, 1024),
+    "plain": (400, 5000, 5000), "fast-forward": (400, 1024, 2048), "named": (2400, None, 1024)}
+ROWS = [training for training in TRAININGS if training != "named"]    # of the table
 
-PAPER = {    # Table 3: start/middle/end, digits right in %
-    "zero-shot": {"linear": "14/13/98 11/14/100 6/3/100 6/7/99 8/6/98",
-                  "delta": "13/11/99 6/9/99 7/5/99 6/8/97 7/6/97"},
-    "plain": {"linear": "100/100/100 100/100/100 100/100/100 97/99/100 96/94/100",
-              "delta": "100/100/100 100/100/99 100/100/99 100/100/100 100/100/100"}}
+PAPER_LENGTHS = [2 ** 15, 2 ** 17, 2 ** 18, 2 ** 19, 2 ** 20]
+PAPER = {    # Table 3 at 32K, 128K, 256K, 512K, 1M: start/middle/end, digits right in %
+    ("zero-shot", "linear"): "14/13/98 11/14/100 6/3/100 6/7/99 8/6/98",
+    ("zero-shot", "delta"): "13/11/99 6/9/99 7/5/99 6/8/97 7/6/97",
+    ("plain", "linear"): "100/100/100 100/100/100 100/100/100 97/99/100 96/94/100",
+    ("plain", "delta"): "100/100/100 100/100/99 100/100/99 100/100/100 100/100/100"}
 
 
 # --- Text ----------------------------------------------------------------------------------------------------------
@@ -48,19 +69,56 @@ def words(text):
 
 VOCABULARY = sorted(set(words("0123456789" + INTRO + HAY + NEEDLE + QUESTION)) - {"{", "}"})
 TOKEN = {word: i for i, word in enumerate(VOCABULARY)}
+WORDS = [word for word in VOCABULARY if not word.isdigit()]
+NAMES = [word for word in WORDS if word.isalpha() and word not in words(NAMED_QUESTION)]    # 32 of them
+PARAGRAPH = len(words(HAY))    # 24 tokens
 
 
+@lru_cache(4096)
 def encode(text):
-    """Text -> (T,) token ids. Raises ValueError on a word that the prompt does not have."""
+    """Text -> (T,) token ids, the same tensor each time. Raises ValueError on a word that the prompt does not have."""
     unknown = [word for word in words(text) if word not in TOKEN]
     if unknown:
         raise ValueError(f"word was {unknown[0]!r}, must be one of the {len(TOKEN)} of the prompt")
-    return torch.tensor([TOKEN[word] for word in words(text)])
+    return torch.tensor([TOKEN[word] for word in words(text)], dtype=torch.long)
 
 
 def decode(tokens):
     """(T,) token ids -> text."""
     return re.sub(r" ([.?])", r"\1", " ".join(VOCABULARY[t] for t in tokens))
+
+
+def write_hay(kind, n, rng):
+    """n paragraphs: the "paper"'s, its sentences "shuffled", "other" ones, or random "words". (24 n,) token ids."""
+    if kind == "paper":
+        return encode(HAY).repeat(n)
+    if kind == "words":
+        return torch.tensor(rng.choices([TOKEN[w] for w in WORDS], k=PARAGRAPH * n), dtype=torch.long)
+    sentences = [encode(s) for s in re.findall(r"\w[^.]+\.", HAY if kind == "shuffled" else OTHER_HAY)]
+    return torch.cat([s for _ in range(n) for s in rng.sample(sentences, len(sentences))] or [encode("")])
+
+
+class Task(NamedTuple):
+    """What is hidden in the hay, asked at the end, and to be answered: texts."""
+    needle: str
+    question: str
+    answer: str
+
+
+def one_key(key, needle=NEEDLE):
+    return Task(needle.format(key, key[::-1]), QUESTION, key)
+
+
+def write_input(task, hay, before):
+    """A whole input with its answer, (T,) token ids. before: how many paragraphs of the hay precede the needle."""
+    before *= PARAGRAPH
+    parts = encode(INTRO), hay[:before], encode(task.needle), hay[before:], encode(task.question), encode(task.answer)
+    return torch.cat(parts)
+
+
+def paragraphs(n_tokens, task):
+    """How many paragraphs of hay make an input of at least n_tokens tokens, the answer included."""
+    return max(0, math.ceil((n_tokens - len(write_input(task, encode(""), 0))) / PARAGRAPH))
 
 
 def is_held_out(key):
@@ -77,45 +135,50 @@ def draw_keys(rng, n, digits, held_out):
     return keys
 
 
-def repeats(n_tokens, digits=4):
-    """How many times the hay is in an input of at least n_tokens tokens (the answer included)."""
-    rest = n_tokens - sum(len(words(part)) for part in (INTRO, NEEDLE.format("0" * digits), QUESTION)) - digits
-    return max(0, math.ceil(rest / len(words(HAY))))
-
-
-def write_inputs(keys, before, total):
-    """Whole inputs with their answers: (B, T). before: how many of `total` repeats of the hay precede each needle."""
-    return torch.stack([torch.cat([encode(INTRO), encode(HAY).repeat(x), encode(NEEDLE.format(key)),
-                                   encode(HAY).repeat(total - x), encode(QUESTION), encode(key)])
-                        for key, x in zip(keys, before)])
-
-
 # --- Training ------------------------------------------------------------------------------------------------------
 
-def model_config(rule):
+def model_config(**other):
     """2 layers of 4 heads, 138,000 parameters. N = 32: what a segment can't see begins 32 tokens back."""
-    return InfiniConfig(vocab_size=len(VOCABULARY), d_model=64, n_layers=2, n_heads=4, d_key=32, d_value=32, d_ff=256,
-                        segment_len=32, update=rule, rope_base=50.0, gate_init=-2.0)
+    usual = dict(vocab_size=len(VOCABULARY), d_model=64, n_layers=2, n_heads=4, d_key=32, d_value=32, d_ff=256,
+                 segment_len=32, rope_base=50.0, gate_init=-2.0)
+    return InfiniConfig(**{**usual, **other})
 
 
-def answer_loss(logits, keys):
-    """Cross entropy of the digits of the answer, the last tokens of the input, and the share that is right."""
-    digits = torch.stack([encode(key) for key in keys]).to(logits.device)     # (B, digits)
+def training_tasks(rng, n, digits):
+    digits = rng.choice([digits, digits, rng.randint(3, 6)])
+    return [one_key(key) for key in draw_keys(rng, n, digits, held_out=False)]
+
+
+def training_hay(rng, n):
+    return write_hay(rng.choice(["paper", "paper", "shuffled", "words"]), n, rng)
+
+
+def answer_loss(logits, tasks):
+    """Cross entropy of the digits of the answers, the last tokens of the inputs, and the share that is right."""
+    digits = torch.stack([encode(task.answer) for task in tasks]).to(logits.device)    # (B, digits)
     logits = logits[:, -digits.shape[1]:]
     right = (logits.argmax(-1) == digits).float().mean().item()
     return F.cross_entropy(logits.flatten(0, 1), digits.flatten()), {"digits right": right}
 
 
-def plain_loss(seed, longest, digits, grow=lambda step: 1.0, tokens_per_step=1024):
+def whole_input_loss(model, rng, tasks, total):
+    """Loss on inputs with `total` paragraphs of hay: the needle is anywhere, but in a quarter of them at the very end,
+    where it is found by other means, as a part of it is in the question's own segment."""
+    before = [rng.choice([total, *(rng.randint(0, total) for _ in range(3))]) for _ in tasks]
+    inputs = torch.stack([write_input(task, training_hay(rng, total), n) for task, n in zip(tasks, before)])
+    inputs = inputs.to(model.embedding.weight.device)
+    loss, shown = answer_loss(model(inputs[:, :-1])[0], tasks)
+    return loss, inputs.numel(), shown
+
+
+def plain_loss(seed, digits, longest, tokens_per_step, grow):
     """Loss on whole inputs, as in the paper: random keys, depths, and lengths, these from a range that may grow."""
     def loss_of(model, step):
         rng = random.Random(f"{seed}/{step}")
-        now = SHORTEST * (longest / SHORTEST) ** grow(step)
-        total = repeats(int(SHORTEST * (now / SHORTEST) ** rng.random()), digits)
-        keys = draw_keys(rng, max(1, tokens_per_step // (SHORTEST + len(words(HAY)) * total)), digits, held_out=False)
-        inputs = write_inputs(keys, [rng.randint(0, total) for _ in keys], total).to(model.embedding.weight.device)
-        loss, shown = answer_loss(model(inputs[:, :-1])[0], keys)
-        return loss, inputs.numel(), shown
+        n_tokens = SHORTEST * (longest / SHORTEST) ** (grow(step) * rng.random())    # log-uniform
+        total = int(n_tokens - SHORTEST) // PARAGRAPH
+        tasks = training_tasks(rng, max(1, tokens_per_step // (SHORTEST + PARAGRAPH * total)), digits)
+        return whole_input_loss(model, rng, tasks, total)
     return loss_of
 
 
@@ -127,126 +190,155 @@ def leaps(periods, growth=3):
     return counts
 
 
-def fast_forward(model, state, periods):
-    """The state after `periods` more periods of hay (4 repeats = 3 segments each), without reading all of them.
+def fast_forward(model, state, periods, write):
+    """The state after `periods` more periods of hay (4 paragraphs = 3 segments each), without reading all of them.
 
     The hay says the same again and again, so what it writes changes slowly: read one period, and add what it wrote to
     the memory n times instead of once, n in proportion to what came before. Gradients flow through all of it.
+    write: number of paragraphs -> their token ids.
     """
-    period = encode(HAY).repeat(4).expand(state[0].k.shape[0], -1).to(state[0].k.device)
     for n in leaps(periods):
+        period = write(4).expand(state[0].k.shape[0], -1).to(state[0].k.device)
         _, after = model(period, state)
         state = [State(Memory(*(old + n * (new - old) for old, new in zip(s.memory, a.memory))), a.k, a.v)
                  for s, a in zip(state, after)]
     return state
 
 
-def fast_forward_loss(seed, digits, longest=1_200_000, rows=6):
-    """plain_loss in every other step; in between, loss on inputs with up to `longest` tokens of fast-forwarded hay.
+def fast_forward_loss(seed, digits, longest, tokens_per_step, grow, most=1_200_000, rows=6):
+    """plain_loss in every other step; in between, loss on inputs with up to `most` tokens of fast-forwarded hay.
 
-    It lies before the needle, behind it, or both; up to 3 repeats more shift everything against the segments' borders.
+    It lies before the needle, behind it, or both; up to 3 paragraphs more shift everything against segments' borders.
     """
-    plain, hay = plain_loss(seed, LONGEST["fast-forward"], digits, tokens_per_step=2048), encode(HAY)
-    most = longest / (4 * len(hay))                                           # periods
+    plain = plain_loss(seed, digits, longest, tokens_per_step, grow)
 
     def loss_of(model, step):
         if step % 2 == 0:
             return plain(model, step)
         rng, device = random.Random(f"{seed}/{step}"), model.embedding.weight.device
-        keys = draw_keys(rng, rows, digits, held_out=False)
-        before, after = (int(10 * (most / 10) ** rng.random()) for _ in range(2))    # log-uniform
+        tasks = training_tasks(rng, rows, digits)
+        write = partial(training_hay, rng)
+        before, after = (int(10 * (most / PARAGRAPH / 4 / 10) ** rng.random()) for _ in range(2))    # log-uniform
         before, after = rng.choice([(before, 0), (0, after), (before, after)])
-        shift = [hay.repeat(rng.randint(0, 3)) for _ in range(3)]
-        needles = torch.stack([torch.cat([encode(NEEDLE.format(key)), shift[1]]) for key in keys])
-        ends = torch.stack([torch.cat([shift[2], encode(QUESTION + " " + key)]) for key in keys])
+        shift = [write(rng.randint(0, 3)) for _ in range(3)]
+        needles = torch.stack([torch.cat([encode(task.needle), shift[1]]) for task in tasks])
+        ends = torch.stack([torch.cat([shift[2], encode(task.question), encode(task.answer)]) for task in tasks])
         _, state = model(torch.cat([encode(INTRO), shift[0]])[None].to(device))
-        _, state = model(needles.to(device), copies(fast_forward(model, state, before), rows))
-        logits, _ = model(ends[:, :-1].to(device), fast_forward(model, state, after))
-        loss, shown = answer_loss(logits, keys)
-        read = 4 * len(hay) * (len(leaps(before)) + rows * len(leaps(after))) + needles.numel() + ends.numel()
+        _, state = model(needles.to(device), copies(fast_forward(model, state, before, write), rows))
+        logits, _ = model(ends[:, :-1].to(device), fast_forward(model, state, after, write))
+        loss, shown = answer_loss(logits, tasks)
+        read = 4 * PARAGRAPH * (len(leaps(before)) + rows * len(leaps(after))) + needles.numel() + ends.numel()
         return loss, read, shown
     return loss_of
 
 
-def train_one(training, rule, args, start=None):
-    """Train one model of the table, from the checkpoint `start` if it is fine-tuned. Returns its checkpoint's path."""
-    path, steps = args.out / f"passkey-{training}-{rule}.pt", args.steps or STEPS[training]
-    torch.manual_seed(args.seed)
-    model = load_model(start)[0] if start else InfiniTransformer(model_config(rule))
-    loss_of = {"zero-shot": lambda: plain_loss(args.seed, LONGEST[training], args.digits,
-                                               grow=lambda step: min(1, step / steps / 0.3)),
-               "plain": lambda: plain_loss(args.seed + 1, LONGEST[training], args.digits, tokens_per_step=5000),
-               "fast-forward": lambda: fast_forward_loss(args.seed + 1, args.digits)}[training]()
+def named_tasks(rng, rows, n_keys, digits, held_out):
+    """`n_keys` named keys in each needle, one of them asked for."""
+    tasks = []
+    for _ in range(rows):
+        names, keys = rng.sample(NAMES, n_keys), draw_keys(rng, n_keys, digits, held_out)
+        needle = " ".join(NAMED.format(key, name) for key, name in zip(keys, names))
+        asked = rng.randrange(n_keys)
+        tasks.append(Task(needle, NAMED_QUESTION.format(None, names[asked]), keys[asked]))
+    return tasks
+
+
+def named_loss(seed, digits, longest, tokens_per_step, grow):
+    """Loss on whole inputs with little hay and up to 32 named keys."""
+    def loss_of(model, step):
+        rng = random.Random(f"{seed}/{step}")
+        n_keys, total = int(len(NAMES) ** (grow(step) * rng.random())), rng.randint(0, 4)
+        rows = max(1, tokens_per_step // (SHORTEST + 11 * n_keys + PARAGRAPH * total))
+        return whole_input_loss(model, rng, named_tasks(rng, rows, n_keys, digits, held_out=False), total)
+    return loss_of
+
+
+def train_one(args, training, start=None, **config):
+    """Train one model, from the checkpoint `start` if it is fine-tuned. Returns its checkpoint's path."""
+    steps, longest, tokens_per_step = TRAININGS[training]
+    steps, seed = args.steps or steps, args.seed + bool(start)
+    grow = (lambda step: 1.0) if start else (lambda step: min(1, step / steps / 0.3))
+    loss = {"fast-forward": fast_forward_loss, "named": named_loss}.get(training, plain_loss)
     rates = dict(lr=2e-3, gate_lr=1e-2) if start else dict(lr=4e-3, gate_lr=3e-2)
-    print(f"{training}, {rule}: {steps} steps, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+    if training == "local":
+        config["attention"] = "local"
+    if training == "one-rate":
+        config["gate_init"], rates["gate_lr"] = 0.0, rates["lr"]
+    torch.manual_seed(args.seed)
+    model = load_model(start)[0] if start else InfiniTransformer(model_config(**config))
+    name = "-".join(["passkey", training, *(str(value) for key, value in config.items() if key in ("update", "d_key"))])
+    print(f"{name}: {steps} steps, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     begin = sum(p.double().sum().item() for p in model.parameters())          # changes with the weights it starts from
     settings = dict(training=training, seed=args.seed, digits=args.digits, begin=begin)
-    train(model.to(args.device), loss_of, steps, path, **rates, resume=args.resume, settings=settings)
-    return path
+    train(model.to(args.device), loss(seed, args.digits, longest, tokens_per_step, grow), steps,
+          args.out / f"{name}.pt", **rates, resume=args.resume, settings=settings)
+    return args.out / f"{name}.pt"
 
 
 # --- Evaluation ----------------------------------------------------------------------------------------------------
 
-def read_hay(model, state, n, batch=1, at_once=80):
-    """Stream n repeats of the hay through the state: no more than `at_once` of them are ever in memory."""
-    hay = encode(HAY).to(model.embedding.weight.device)
-    for first in range(0, n, at_once):
-        _, state = stream(model, hay.repeat(min(at_once, n - first)).expand(batch, -1), state)
-    return state
-
-
 def copies(state, batch):
     """The state of one document as that of `batch` documents that all began alike: a state is a value."""
-    if torch.is_tensor(state):
-        return state.expand(batch, *state.shape[1:])
-    parts = [None if part is None else copies(part, batch) for part in state]
-    return type(state)(*parts) if isinstance(state, tuple) else parts
+    def wide(part):
+        return part.expand(batch, *part.shape[1:])
+    return [State(s.memory and Memory(*map(wide, s.memory)), wide(s.k), wide(s.v)) for s in state]
 
 
-def answer(model, keys, before, after):
-    """Ask for keys hidden behind `before` and in front of `after` repeats of the hay. Returns the digits: (B, digits).
+class Found(NamedTuple):
+    """What a model found in inputs of one length, with the keys at one depth."""
+    tokens: int
+    depth: float
+    digits_right: float     # shares
+    keys_right: float
+    us_per_token: float     # of the hay read since the find before
+    peak_mb: float          # of the process
 
-    Nothing is told: the model writes all digits itself. What precedes the needle is the same for all, and read once.
+
+def find(model, tasks, lengths, depths, hay="paper"):
+    """Hide each needle in inputs of at least n tokens, n in `lengths`, at each depth, and ask for it. Yields Founds.
+
+    Nothing is told: the model writes all digits itself. Inputs are streamed, and what they have in common is read once:
+    what precedes the needles, for all of them; what follows them, up to the length at which one of the inputs ends.
     """
-    device, B = model.embedding.weight.device, len(keys)
-    _, state = stream(model, encode(INTRO)[None].to(device))
-    state = copies(read_hay(model, state, before), B)
-    _, state = stream(model, torch.stack([encode(NEEDLE.format(key)) for key in keys]).to(device), state)
-    state = read_hay(model, state, after, B)
-    n = len(keys[0])
-    return generate(model, encode(QUESTION).expand(B, -1).to(device), n, temperature=0, state=state)[:, -n:]
-
-
-def evaluate(model, n_tokens, depth, keys):
-    """Share of right digits and share of right keys, for inputs of at least n_tokens tokens."""
-    total = repeats(n_tokens, len(keys[0]))
-    before = round(depth * total)
-    right = answer(model, keys, before, total - before).cpu() == torch.stack([encode(key) for key in keys])
-    return right.float().mean().item(), right.all(1).float().mean().item()
-
-
-def evaluate_all(model, lengths, depths, keys):
-    """A row of the table, printed cell by cell. Returns (tokens, depth, digits right, keys right, seconds) for each."""
-    rows = []
-    for n_tokens in lengths:
+    device, B = model.embedding.weight.device, len(tasks)
+    needles, questions, answers = (torch.stack([encode(text) for text in texts]) for texts in zip(*tasks))
+    places = {}    # paragraphs before the needle -> {paragraphs behind it: [(n, depth)]}
+    for n in lengths:
         for depth in depths:
-            start = time.monotonic()
-            rows.append((n_tokens, depth, *evaluate(model, n_tokens, depth, keys), time.monotonic() - start))
-        print_row(None, [percents(row[2] for row in rows[-len(depths):])], depths, end="")
-    print()
-    print_row("    whole keys", [percents(row[3] for row in rows if row[0] == n) for n in lengths], depths)
-    return rows
+            total = paragraphs(n, tasks[0])
+            before = round(depth * total)
+            places.setdefault(before, {}).setdefault(total - before, []).append((n, depth))
+    progress = Progress(0, PARAGRAPH * (max(places) + B * sum(map(max, places.values()))) + 1, "tokens read")
+
+    def read(state, begin, end):
+        batch = state[0].k.shape[0]
+        at_once = max(4, 80 // batch)                                         # never more than some 2,000 tokens
+        for i in range(begin, end, at_once):
+            text = write_hay(hay, min(at_once, end - i), random.Random(i)).expand(batch, -1)
+            _, state = stream(model, text.to(device), state)
+            progress.show(progress.tokens + text.numel(), text.numel())
+        return state
+
+    with torch.no_grad():
+        _, prefix = stream(model, encode(INTRO)[None].to(device))
+        reached = 0
+        for before in sorted(places):
+            prefix, reached = read(prefix, reached, before), before
+            _, state = stream(model, needles.to(device), copies(prefix, B))
+            passed = 0
+            for after in sorted(places[before]):
+                start, tokens = time.monotonic(), progress.tokens
+                state, passed = read(state, passed, after), after
+                seconds, tokens = time.monotonic() - start, progress.tokens - tokens
+                written = generate(model, questions.to(device), answers.shape[1], temperature=0, state=state)
+                right = written[:, questions.shape[1]:].cpu() == answers
+                for n, depth in places[before][after]:
+                    yield Found(n, depth, right.float().mean().item(), right.all(1).float().mean().item(),
+                                1e6 * seconds / tokens if tokens else math.nan, peak_memory())
+    progress.close(keep=False)
 
 
-def percents(shares):
-    return "/".join(f"{100 * share:.0f}" for share in shares)
-
-
-def print_row(name, cells, depths, end="\n"):
-    """A row of the table, or the next cells of one that was begun: name=None."""
-    start = "" if name is None else f"{name:22}"
-    print(start + "".join(cell.rjust(4 * len(depths) + 2) for cell in cells), end=end, flush=True)
-
+# --- Tables and pictures -------------------------------------------------------------------------------------------
 
 def short(n):
     """32768 -> 32K"""
@@ -256,21 +348,46 @@ def short(n):
     return f"{n:,}"
 
 
+def print_row(name, cells):
+    print(f"{name:28}" + "".join(f"{cell:>13}" for cell in cells), flush=True)
+
+
+def percents(shares):
+    """start/middle/end, or the lowest of many."""
+    shares = list(shares)
+    return "/".join(f"{100 * share:.0f}" for share in (shares if len(shares) < 4 else [min(shares)]))
+
+
+def print_found(name, found, lengths, paper):
+    """A model's rows: digits, the paper's, whole keys, and what a token cost on the way from length to length."""
+    cells = [sorted((f for f in found if f.tokens == n), key=lambda f: f.depth) for n in lengths]
+    print_row(name, [percents(f.digits_right for f in cell) for cell in cells])
+    if set(lengths) & set(paper):
+        print_row("    in the paper", [paper.get(n, "") for n in lengths])
+    print_row("    whole keys", [percents(f.keys_right for f in cell) for cell in cells])
+    print_row("    us a token, peak MB", [f"{cell[0].us_per_token:.1f}, {cell[0].peak_mb:.0f}" for cell in cells])
+
+
 def draw(results, path):
-    """Heat maps, depth by length, a panel per model. results: {(training, rule, seed): rows of evaluate_all}."""
-    columns = min(2, len(results))
-    figure, axes = panels(math.ceil(len(results) / columns), columns)
-    for axis in axes.flat[len(results):]:
-        axis.set_visible(False)
-    for axis, ((training, rule, seed), rows) in zip(axes.flat, results.items()):
-        lengths, depths = (sorted({row[i] for row in rows}) for i in (0, 1))
-        share = {row[:2]: 100 * row[2] for row in rows}
-        image = heat_map(axis, [[share[n, d] for n in lengths] for d in depths], 100, "{:.0f}",
-                         x=[short(n) for n in lengths], y=[f"{d:.0%}" for d in depths])
-        axis.set_title(f"{training}, update rule {rule}, seed {seed}", fontsize=9)
-    figure.supxlabel("length of the input (tokens)")
-    figure.supylabel("depth of the key")
-    figure.colorbar(image, ax=axes, label="digits right (%)")
+    """A heat map for each model, depth by length; if there is one depth, lines. results: {name: list of Founds}."""
+    if len({f.depth for found in results.values() for f in found}) == 1:
+        curves = {name: ([f.tokens / model_config().segment_len for f in found], [100 * f.digits_right for f in found])
+                  for name, found in results.items()}
+        draw_lines(curves, path, xlabel="segments in the input", ylabel="digits right (%)")
+    else:
+        columns = min(2, len(results))
+        figure, axes = panels(math.ceil(len(results) / columns), columns)
+        for axis in axes.flat[len(results):]:
+            axis.set_visible(False)
+        for axis, (name, found) in zip(axes.flat, results.items()):
+            lengths, depths = (sorted({f[i] for f in found}) for i in (0, 1))
+            share = {f[:2]: 100 * f.digits_right for f in found}
+            image = heat_map(axis, [[share[n, d] for n in lengths] for d in depths], 100, "{:.0f}",
+                             x=[short(n) for n in lengths], y=[f"{d:.0%}" for d in depths])
+            axis.set_title(name, fontsize=9)
+        figure.supxlabel("length of the input (tokens)")
+        figure.supylabel("depth of the key")
+        figure.colorbar(image, ax=axes, label="digits right (%)")
     figure.savefig(path, dpi=150)
 
 
@@ -286,16 +403,30 @@ def percent(text):
     return whole(0, 100)(text) / 100
 
 
+def names_of(names):
+    """An argument type: some of the names, or all."""
+    def parse(text):
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"was {text!r}, must be of {', '.join(names)}; or all")
+        return text
+    return lambda text: list(names) if text == "all" else several(parse)(text)
+
+
 def parse_arguments():
     parser = Parser(description="Find a pass key in up to a million tokens: the paper's section 4.3 and Table 3.")
+    parser.add_argument("what", nargs="?", choices=["table", "capacity"], default="table",
+                        help="Table 3, or how many named keys a memory of which size holds (default: %(default)s)")
     add_common_arguments(parser)
     parser.add_argument("--rule", choices=["linear", "delta", "both"], default="both",
                         help="update rule of the memory: Eq. 8, Eq. 9, or one model for each (default: %(default)s)")
-    parser.add_argument("--training", choices=[*LONGEST, "all"], default="all",
-                        help="way of training, as told at the top of passkey.py (default: %(default)s)")
-    parser.add_argument("--steps", type=whole(1), help=f"training steps (default: {STEPS})")
-    parser.add_argument("--digits", type=whole(1, 9), default=4, help="digits of a key (default: %(default)s)")
-    parser.add_argument("--lengths", type=several(tokens), default="1K,8K,32K",
+    parser.add_argument("--training", type=names_of(ROWS), default="local,zero-shot,plain,fast-forward",
+                        help=f"of {', '.join(ROWS)}; what they are: top of passkey.py (default: %(default)s)")
+    parser.add_argument("--steps", type=whole(1),
+                        help="training steps (default: 2400, then 400 more for plain and fast-forward)")
+    parser.add_argument("--digits", type=whole(3, 9), default=4, help="digits of a key (default: %(default)s)")
+    parser.add_argument("--text", type=names_of(TEXTS), default="paper",
+                        help=f"texts to look in, of {', '.join(TEXTS)}, or all (default: %(default)s)")
+    parser.add_argument("--lengths", type=several(tokens), default="1K,32K,128K,256K,512K,1M",
                         help="lengths of the texts, in tokens; 1K is 1024, 1M is 1024K (default: %(default)s)")
     parser.add_argument("--depths", type=several(percent), default="0,50,100",
                         help="where the key is, in %% of the hay (default: %(default)s)")
@@ -306,38 +437,75 @@ def parse_arguments():
     return parser.parse_args()
 
 
+def train_all(args, rules):
+    """Train what the table needs. Returns the paths of the checkpoints."""
+    made = {}
+
+    def make(training, rule):
+        if (training, rule) not in made:
+            start = make("zero-shot", rule) if training in ("plain", "fast-forward") else None
+            made[training, rule] = train_one(args, training, start, **(dict(update=rule) if rule else {}))
+        return made[training, rule]
+    return list(dict.fromkeys(make(training, None if training == "local" else rule)
+                              for rule in rules for training in args.training))
+
+
+def load_for_table(path, device):
+    """A model of the table, its way of training, update rule and seed."""
+    model, settings = load_model(path, device)
+    if settings.get("training") not in ROWS:
+        raise ValueError(f"{path} was of another task, must be a checkpoint of passkey.py's table")
+    rule = model.config.update if model.config.attention == "infini" else "-"
+    return model, (settings["training"], rule, settings["seed"])
+
+
+def table(args, rules):
+    """Table 3: train or load models, look for keys, print the rows, and leave them in a CSV file and a picture."""
+    models = [load_for_table(path, args.device) for path in args.load or train_all(args, rules)]
+    results, depths = {}, "/".join(f"{depth:.0%}" for depth in args.depths)
+    print(f"\nDigits right in %, key at {depths} of the hay, {args.keys} held-out keys a cell")
+    print_row("training, rule, seed", [short(n) for n in args.lengths])
+    with open(args.csv or args.out / "passkey.csv", "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["training", "rule", "seed", "text", *Found._fields])
+        for model, who in models:
+            for text in args.text:
+                hay, needle, digits = TEXTS[text]
+                keys = draw_keys(random.Random(f"evaluation {args.eval_seed}"), args.keys, digits or args.digits, True)
+                name = " ".join(map(str, who)) + (f" {text}" if text != "paper" else "")
+                results[name] = []
+                for found in find(model, [one_key(key, needle) for key in keys], args.lengths, args.depths, hay):
+                    results[name].append(found)
+                    rows.writerow([*who, text, *found])
+                    file.flush()
+                paper = PAPER.get(who[:2], "") if text == "paper" and args.depths == [0, 0.5, 1] else ""
+                print_found(name, results[name], args.lengths, dict(zip(PAPER_LENGTHS, paper.split())))
+    draw(results, args.out / "passkey.png")
+
+
+def capacity(args, rules):
+    """Several named keys in one input, one of them asked for: how many does a memory of which size hold?"""
+    numbers, curves = [2 ** i for i in range(6)], {}
+    print_row("Digits right in %, keys:", numbers)
+    for d_key in (16, 32, 64):
+        for rule in rules:
+            model, _ = load_model(train_one(args, "named", None, update=rule, d_key=d_key), args.device)
+            right = []
+            for n_keys in numbers:
+                rng = random.Random(f"evaluation {args.eval_seed}")
+                tasks = named_tasks(rng, args.keys, n_keys, args.digits, held_out=True)
+                length = len(write_input(tasks[0], encode(HAY).repeat(4), 0))
+                right += [found.digits_right for found in find(model, tasks, [length], [0.5])]
+            curves[f"{rule}, d_key = {d_key}"] = numbers, [100 * share for share in right]
+            print_row(f"{rule}, d_key = {d_key}", [percents([share]) for share in right])
+    draw_lines(curves, args.out / "capacity.png", xlabel="named keys in the input", ylabel="digits right (%)")
+
+
 def main():
     args = parse_arguments()
     prepare(args)
     rules = ["linear", "delta"] if args.rule == "both" else [args.rule]
-    trainings = list(LONGEST) if args.training == "all" else [args.training]
-    paths = args.load
-    if not paths:
-        made = {}
-        for rule in rules:
-            for training in dict.fromkeys(["zero-shot", *trainings]):
-                made[training, rule] = train_one(training, rule, args, made.get(("zero-shot", rule)))
-        paths = [made[training, rule] for rule in rules for training in trainings]
-    keys = draw_keys(random.Random(f"evaluation {args.eval_seed}"), args.keys, args.digits, held_out=True)
-    results = {}
-    for path in paths:
-        model, settings = load_model(path, args.device)
-        if "training" not in settings or model.config.vocab_size != len(VOCABULARY):
-            raise ValueError(f"{path} was of another task, must be a checkpoint of passkey.py")
-        training, rule = settings["training"], model.config.update
-        if not results:
-            depths = "/".join(f"{d:.0%}" for d in args.depths)
-            print(f"\nDigits right in %, key at {depths} of the hay, {args.keys} held-out keys a cell")
-            print_row("", [short(n) for n in args.lengths], args.depths)
-        print_row(f"{training}, {rule}", [], args.depths, end="")
-        results[training, rule, settings["seed"]] = evaluate_all(model, args.lengths, args.depths, keys)
-        if args.lengths == [2 ** i for i in (15, 17, 18, 19, 20)] and args.depths == [0, 0.5, 1] and training in PAPER:
-            print_row("    in the paper", PAPER[training][rule].split(), args.depths)
-    with open(args.csv or args.out / "passkey.csv", "w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["training", "rule", "seed", "tokens", "depth", "digits_right", "keys_right", "seconds"])
-        table.writerows([*model, *row] for model, rows in results.items() for row in rows)
-    draw(results, args.out / "passkey.png")
+    {"table": table, "capacity": capacity}[args.what](args, rules)
 
 
 if __name__ == "__main__":

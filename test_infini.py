@@ -934,9 +934,9 @@ def test_the_prompt_is_the_papers_word_for_word():
             "Here we go. There and back again. " + "The pass key is 9054. Remember it. 9054 is the pass key. "
             + 3 * "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
             + "What is the pass key? The pass key is 9054")
-    inputs = passkey.write_inputs(["9054"], [2], 5)
-    assert re.sub(r"(?<=\d) (?=\d)", "", passkey.decode(inputs[0])) == text
-    assert torch.equal(passkey.encode(text), inputs[0])
+    tokens = passkey.write_input(passkey.one_key("9054"), passkey.write_hay("paper", 5, None), 2)
+    assert re.sub(r"(?<=\d) (?=\d)", "", passkey.decode(tokens)) == text
+    assert torch.equal(passkey.encode(text), tokens)
     with pytest.raises(ValueError, match="'purple'"):
         passkey.encode("The sky is purple.")
 
@@ -970,18 +970,22 @@ def digits_in(row):
     return "".join(passkey.VOCABULARY[token] for token in row.tolist() if passkey.VOCABULARY[token].isdigit())
 
 
-TRAININGS = {"plain": lambda seed=0, digits=4: passkey.plain_loss(seed, 256, digits),
-             "fast-forward": lambda seed=0, digits=4: passkey.fast_forward_loss(seed, digits)}
+TRAININGS = {"plain": lambda seed=0, digits=4, grow=lambda step: 1: passkey.plain_loss(seed, digits, 256, 1024, grow),
+             "fast-forward": lambda seed=0, digits=4: passkey.fast_forward_loss(seed, digits, 256, 1024, lambda step: 1),
+             "named": lambda seed=0, digits=4: passkey.named_loss(seed, digits, None, 1024, lambda step: 1)}
 
 
 @pytest.mark.parametrize("training", TRAININGS)
-@pytest.mark.parametrize("digits", [1, 4, 6])
+@pytest.mark.parametrize("digits", [3, 4])
 def test_no_key_of_the_evaluation_is_ever_trained_on(training, digits):
-    trained = {digits_in(row)[:digits] for calls in shown(TRAININGS[training](digits=digits), range(60))
-               for call in calls for row in call if len(digits_in(row)) >= 2 * digits}
+    trained = set()
+    for calls in shown(TRAININGS[training](digits=digits), range(60)):
+        for row in (row for call in calls for row in call):
+            trained |= set(re.findall(r"\d+(?=[ .])", re.sub(r"(?<=\d) (?=\d)", "", passkey.decode(row))))
+    trained = {key for key in trained if len(key) == digits}
     asked = {key for seed in range(5) for key in passkey.draw_keys(random.Random(seed), 100, digits, held_out=True)}
-    assert len(trained) > min(200, 0.7 * 10 ** digits) and len(asked) >= (1 if digits == 1 else 100)
-    assert not trained & asked and all(len(key) == digits for key in trained | asked)
+    assert len(trained) > 100 and len(asked) > 50 and not {key for key in trained if key in asked}
+    assert all(passkey.is_held_out(key) for key in asked)
 
 
 @pytest.mark.parametrize("training", TRAININGS)
@@ -989,43 +993,60 @@ def test_keys_and_depths_differ_from_step_to_step_and_from_seed_to_seed_and_repe
     def keys(seed, step):
         calls, = shown(TRAININGS[training](seed), [step])
         return [digits_in(row)[:4] for call in calls for row in call if len(digits_in(row)) >= 8]
-    assert keys(0, 1) == keys(0, 1) and len(set(keys(0, 0))) > 5
+    assert keys(0, 1) == keys(0, 1) and len(set(keys(0, 0))) > 2
     assert not set(keys(0, 1)) & set(keys(0, 3)) and not set(keys(0, 1)) & set(keys(1, 1))
 
 
-def test_the_needle_is_anywhere_and_the_input_as_long_as_asked_for():
-    needle, places, lengths = passkey.TOKEN["Remember"], [], []
-    for (tokens,) in shown(passkey.plain_loss(0, 1024, 4, grow=lambda step: step / 299), range(300)):
+def test_the_needle_is_anywhere_a_quarter_of_them_at_the_end_and_the_input_as_long_as_asked_for():
+    places, lengths, digits = [], [], {passkey.TOKEN[digit] for digit in "0123456789"}
+    for (tokens,) in shown(passkey.plain_loss(0, 4, 1024, 1024, grow=lambda step: step / 299), range(300)):
         lengths.append(tokens.shape[1] + 1)
-        places += [(row.tolist().index(needle) - 37) / (tokens.shape[1] - 63) for row in tokens if lengths[-1] > 200]
+        empty = passkey.write_input(passkey.one_key("0" * ((len(digits_in(tokens[0])) + 1) // 3)), passkey.encode(""), 0)
+        for row in tokens.tolist():
+            first = min(i for i, token in enumerate(row) if token in digits)
+            if lengths[-1] > 200:
+                places.append((first - empty.tolist().index(passkey.TOKEN["0"])) / (lengths[-1] - len(empty)))
     assert max(lengths[:60]) < 170 and 800 < max(lengths) < 1024 + 24
-    assert all(0.15 < np.mean((np.array(places) * 4).astype(int) == quarter) < 0.35 for quarter in range(4))
+    counts = [np.mean((np.array(places) * 4).astype(int) == quarter) for quarter in range(3)]
+    assert all(0.1 < share < 0.28 for share in counts) and 0.2 < np.mean(np.array(places) == 1) < 0.4
     for n_tokens in (256, 1024, 5000):
-        total = passkey.repeats(n_tokens)
-        assert n_tokens <= passkey.write_inputs(["1234"], [0], total).shape[1] < n_tokens + 24
-    assert passkey.LONGEST["plain"] + 24 <= 5120                 # the paper's 5K
+        task = passkey.one_key("1234")
+        total = passkey.paragraphs(n_tokens, task)
+        assert n_tokens <= len(passkey.write_input(task, passkey.write_hay("paper", total, None), 0)) < n_tokens + 24
+    assert passkey.TRAININGS["plain"][1] + 24 <= 5120            # the paper's 5K
 
 
 def test_only_the_digits_of_the_answer_count_and_each_is_told_the_right_ones_before_it():
     logits = torch.randn(2, 70, len(passkey.VOCABULARY), requires_grad=True)
-    loss, numbers = passkey.answer_loss(logits, ["9054", "1177"])
+    loss, numbers = passkey.answer_loss(logits, [passkey.one_key(key) for key in ("9054", "1177")])
     p = logits.detach().double().softmax(-1)
     expected = [-math.log(p[row, 66 + i, passkey.TOKEN[key[i]]]) for row, key in enumerate(["9054", "1177"]) for i in range(4)]
     assert loss.item() == pytest.approx(np.mean(expected), rel=1e-5)
     loss.backward()
     assert (logits.grad[:, :66] == 0).all() and (logits.grad[:, 66:] != 0).all()
     for (tokens,) in shown(TRAININGS["plain"](), range(5)):
-        assert all(digits_in(row)[8:] == digits_in(row)[:3] == digits_in(row)[4:7] for row in tokens)
+        for digits in map(digits_in, tokens):
+            n = (len(digits) + 1) // 3
+            assert digits[2 * n:] == digits[:n - 1] == digits[n:2 * n - 1]
+
+
+def test_one_of_several_named_keys_is_asked_for():
+    tasks = passkey.named_tasks(random.Random(0), 50, 8, 4, held_out=True)
+    for task in tasks:
+        keys = dict(re.findall(r"The pass key of (\w+) is (\d{4})\.", task.needle))
+        name = re.fullmatch(r"What is the pass key of (\w+)\? The pass key of \1 is", task.question).group(1)
+        assert len(keys) == 8 and keys[name] == task.answer and passkey.is_held_out(task.answer)
+    assert len({task.needle.index(task.answer) for task in tasks}) > 5
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_fast_forwarding_leaves_the_memory_that_reading_all_of_the_hay_leaves(rule):
     torch.manual_seed(0)
-    model = InfiniTransformer(passkey.model_config(rule))
+    model, hay = InfiniTransformer(passkey.model_config(update=rule)), passkey.encode(passkey.HAY)
     with torch.no_grad():
         _, start = model(torch.stack([passkey.encode(passkey.NEEDLE.format(key)) for key in ("9054", "1177")]))
-        read = passkey.read_hay(model, start, 4 * 300, batch=2)
-        counted = passkey.fast_forward(model, start, 300)
+        _, read = stream(model, hay.repeat(4 * 300).expand(2, -1), start)
+        counted = passkey.fast_forward(model, start, 300, hay.repeat)
         question = passkey.encode(passkey.QUESTION).expand(2, -1)
         same(model(question, counted)[0].softmax(-1), model(question, read)[0].softmax(-1), 2e-3)
     for s, r, c in zip(start, read, counted):
@@ -1036,23 +1057,44 @@ def test_fast_forwarding_leaves_the_memory_that_reading_all_of_the_hay_leaves(ru
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_streaming_with_a_shared_beginning_answers_as_one_call_on_each_whole_input(kind):
+def test_reading_once_what_inputs_have_in_common_answers_as_one_call_on_each_whole_input(kind, monkeypatch):
     attention, _, rule = kind.partition("-")
     torch.manual_seed(0)
-    model = InfiniTransformer(replace(passkey.model_config(rule or "delta"), attention=attention)).double()
-    keys = ["9054", "1177", "0000"]
-    for before, after in ((0, 9), (85, 3), (4, 0)):
-        whole = passkey.write_inputs(keys, [before] * 3, before + after)[:, :-4]
-        expected = generate(model, whole, 4, temperature=0)[:, -4:]
-        assert torch.equal(passkey.answer(model, keys, before, after), expected)
+    model = InfiniTransformer(passkey.model_config(update=rule or "delta", attention=attention)).double()
+    tasks, lengths, depths, written = [passkey.one_key(key) for key in ("9054", "1177", "0000")], [100, 300, 2300], [0, 0.3, 1], []
+
+    def listening(*args, **kw):
+        written.append(generate(*args, **kw)[:, -4:])
+        return torch.cat([args[1], torch.stack([passkey.encode("9055")] * 3)], 1)
+    monkeypatch.setattr(passkey, "generate", listening)
+    found = list(passkey.find(model, tasks, lengths, depths))
+    assert sorted(f[:2] for f in found) == sorted((n, depth) for n in lengths for depth in depths)
+    assert all(f.digits_right == pytest.approx(4 / 12) and f.keys_right == 0 for f in found)    # 905., ...., ....
+    answers = iter(written)
+    for f, answer in zip(found, answers):
+        total = passkey.paragraphs(f.tokens, tasks[0])
+        inputs = [passkey.write_input(task, passkey.write_hay("paper", total, None), round(f.depth * total)) for task in tasks]
+        assert f.tokens <= len(inputs[0]) < f.tokens + 24
+        assert torch.equal(answer, generate(model, torch.stack(inputs)[:, :-4], 4, temperature=0)[:, -4:]), f
+    assert next(answers, None) is None
 
 
 def test_accuracy_counts_digits_and_whole_keys(monkeypatch):
-    def three_right_of_four(model, keys, before, after):
-        assert (before, after) == (round(0.25 * passkey.repeats(512)), passkey.repeats(512) - before)
-        return torch.stack([passkey.encode(key) for key in ("1234", "1235")])
-    monkeypatch.setattr(passkey, "answer", three_right_of_four)
-    assert passkey.evaluate(None, 512, 0.25, ["1234", "1230"]) == (7 / 8, 1 / 2)
+    model = InfiniTransformer(passkey.model_config())
+    tasks = [passkey.one_key(key) for key in ("1234", "1230")]
+    monkeypatch.setattr(passkey, "generate", lambda model, prompt, *_, **kw: torch.cat(
+        [prompt, torch.stack([passkey.encode("1234"), passkey.encode("1235")])], 1))
+    found, = passkey.find(model, tasks, [128], [0.5])
+    assert (found.digits_right, found.keys_right) == (7 / 8, 1 / 2)
+
+
+def test_hay_of_every_kind_is_as_long_and_has_no_digits():
+    rng = random.Random(0)
+    for kind in ("paper", "shuffled", "other", "words"):
+        hay = passkey.write_hay(kind, 7, rng)
+        assert len(hay) == 7 * 24 and not digits_in(hay) and len(passkey.write_hay(kind, 0, rng)) == 0
+    paper, shuffled = (passkey.decode(passkey.write_hay(kind, 3, rng)) for kind in ("paper", "shuffled"))
+    assert paper != shuffled and sorted(re.split(r"(?<=\.) ", paper)) == sorted(re.split(r"(?<=\.) ", shuffled))
 
 
 def command(monkeypatch, capsys, *arguments):
@@ -1065,23 +1107,31 @@ def command(monkeypatch, capsys, *arguments):
 
 
 def test_the_command_trains_prints_a_table_and_writes_its_files(tmp_path, monkeypatch, capsys):
-    asked, answer = [], passkey.answer
-    monkeypatch.setattr(passkey, "answer", lambda model, keys, *hay: asked.extend(keys) or answer(model, keys, *hay))
+    asked, find = [], passkey.find
+    monkeypatch.setattr(passkey, "find", lambda model, tasks, *rest: asked.extend(tasks) or find(model, tasks, *rest))
     args = ["--steps", 2, "--lengths", "128,2K", "--depths", "0 100", "--keys", 3, "--out", tmp_path]
     code, out, err = command(monkeypatch, capsys, *args)
-    assert code == 0 and err.count("step 2/2") == 6 and "2K" in out and "fast-forward, delta" in out
+    assert code == 0 and err.count("2/2 steps") == 7 and "2K" in out and "fast-forward delta 0" in out
     rows = (tmp_path / "passkey.csv").read_text().splitlines()
-    assert rows[0] == "training,rule,seed,tokens,depth,digits_right,keys_right,seconds" and len(rows) == 1 + 6 * 2 * 2
-    assert "2048" in rows[3]
+    assert rows[0] == "training,rule,seed,text,tokens,depth,digits_right,keys_right,us_per_token,peak_mb"
+    assert len(rows) == 1 + 7 * 2 * 2 and {row.split(",")[4] for row in rows[1:]} == {"128", "2048"}
     assert (tmp_path / "passkey.png").read_bytes().startswith(b"\x89PNG")
-    assert len(asked) == 6 * 2 * 2 * 3 and all(passkey.is_held_out(key) for key in asked)
-    code, _, _ = command(monkeypatch, capsys, *args, "--load", tmp_path / "passkey-plain-delta.pt")
-    again = [row.rpartition(",")[0] for row in (tmp_path / "passkey.csv").read_text().splitlines()[1:]]
-    assert code == 0 and again == [row.rpartition(",")[0] for row in rows if row.startswith("plain,delta")]
+    assert len(asked) == 7 * 3 and all(passkey.is_held_out(task.answer) for task in asked)
+    code, out, _ = command(monkeypatch, capsys, *args, "--text", "all", "--load", tmp_path / "passkey-plain-delta.pt")
+    again = (tmp_path / "passkey.csv").read_text().splitlines()[1:]
+    assert code == 0 and len(again) == 8 * 4 and "plain delta 0 decoy" in out
+    measured = [[row.split(",")[:8] for row in some if ",paper," in row and "plain,delta" in row] for some in (rows, again)]
+    assert measured[0] == measured[1] and len(measured[0]) == 4
+
+
+def test_the_command_measures_how_many_named_keys_a_memory_holds(tmp_path, monkeypatch, capsys):
+    code, out, err = command(monkeypatch, capsys, "capacity", "--steps", 2, "--keys", 2, "--out", tmp_path)
+    assert code == 0 and err.count("2/2 steps") == 6 and "linear, d_key = 64" in out
+    assert (tmp_path / "capacity.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("arguments", [
-    ["--steps", "0"], ["--steps", "many"], ["--training", "warm"], ["--lengths", "1G"], ["--lengths", "65M"], ["--digits", "-1"], ["--lengths", "10"],
+    ["--steps", "0"], ["--steps", "many"], ["--training", "warm"], ["--lengths", "1G"], ["--lengths", "65M"], ["--digits", "2"], ["--text", "hay"], ["--lengths", "10"],
     ["--lengths", ""], ["--depths", "0,101"], ["--depths", "nan"], ["--keys", "0"], ["--seed", "-1"], ["--seed", "1.5"],
     ["--device", "abacus"], ["--device", "meta"], ["--threads", "0"], ["--rule", "hebb"], ["--load", "missing.pt"], ["--load", "."],
     ["--load", __file__], ["--out", __file__], ["--st", "3"]])

@@ -18,6 +18,11 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 
+try:
+    import resource
+except ImportError:    # Windows
+    resource = None
+
 from infini import InfiniConfig, InfiniTransformer
 
 
@@ -106,28 +111,35 @@ def train(model, loss_of, steps, path, lr, gate_lr, weight_decay=0.0, warmup=50,
 
 
 class Progress:
-    """Step, loss, speed and time left: one refreshed line on a terminal, elsewhere a plain line every few seconds."""
+    """What is done, speed and time left: one refreshed line on a terminal, elsewhere a plain line every few seconds."""
 
-    def __init__(self, done, total):
-        self.first, self.total, self.tokens, self.recent = done, total, 0, deque(maxlen=20)
+    def __init__(self, done, total, unit="steps"):
+        self.first, self.total, self.unit, self.tokens, self.recent = done, total, unit, 0, deque(maxlen=20)
         self.start, self.last, self.terminal = time.monotonic(), -math.inf, sys.stderr.isatty()
 
-    def show(self, step, n_tokens, numbers):
+    def show(self, done, n_tokens, numbers={}):
         now, self.tokens = time.monotonic(), self.tokens + n_tokens
         self.recent.append(numbers)
-        if now - self.last < (0.2 if self.terminal else 5) and step < self.total:
+        if now - self.last < (0.2 if self.terminal else 5) and done < self.total:
             return
         self.last, seconds = now, now - self.start
         means = [f"{name} {sum(n[name] for n in self.recent) / len(self.recent):.4f}" for name in numbers]
-        left = round(seconds / (step - self.first) * (self.total - step))
-        line = "  ".join([f"step {step}/{self.total}", *means, f"{self.tokens / seconds:,.0f} tokens/s",
+        left = round(seconds / (done - self.first) * (self.total - done))
+        line = "  ".join([f"{done:,}/{self.total:,} {self.unit}", *means, f"{self.tokens / seconds:,.0f} tokens/s",
                           f"{left // 60}:{left % 60:02d} left"])
         before, after = ("\r", "\033[K") if self.terminal else ("", "\n")
         print(before + line, end=after, file=sys.stderr, flush=True)
 
-    def close(self):
+    def close(self, keep=True):
         if self.terminal:
-            print(file=sys.stderr)
+            print("" if keep else "\r\033[K", end="\n" if keep else "", file=sys.stderr, flush=True)
+
+
+def peak_memory():
+    """The most memory that this process has used so far, in MB. Not a number on Windows, which does not count it so."""
+    if resource is None:
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
 
 
 @contextmanager
@@ -193,6 +205,18 @@ def panels(lines, columns):
     """A figure with lines x columns panels that share their axes. Returns it and the panels."""
     return plt.subplots(lines, columns, figsize=(1 + 4.4 * columns, 0.4 + 3.0 * lines), squeeze=False, sharex=True,
                         sharey=True, layout="constrained")
+
+
+def draw_lines(curves, path, xlabel, ylabel):
+    """Curves over a logarithmic axis, in a PNG file. curves: {name: (x, y)}."""
+    figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    for name, (x, y) in curves.items():
+        axis.plot(x, y, "o-", label=name)
+    axis.set_xscale("log", base=2)
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
 
 
 def heat_map(axis, grid, high, text, x, y):
