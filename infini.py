@@ -58,7 +58,7 @@ class InfiniConfig:
     d_value: int = 32            # per head
     d_ff: int = 512
     segment_len: int = 64        # N
-    update: str = "delta"        # Eq. 9, or "linear": Eq. 8
+    update: str = "delta"        # rule of the memory; or "linear"
     attention: str = "infini"    # or without memory: "local" (the segment), "xl" (and the one before), "full" (all)
     causal: bool = True          # False: the encoder variant, in which a segment sees all of itself
     rope_base: float = 100.0     # small, since positions count inside the segment only
@@ -92,7 +92,7 @@ def rnn(x, h, w_x, w_h):
 
 
 def mnm_read(theta, q):
-    """The memory network of Eq. 2 at work: a forward pass. theta: list of weight matrices, q: (..., d_key)."""
+    """The memory network at work: a forward pass. theta: list of weight matrices, q: (..., d_key)."""
     for w in theta[:-1]:
         q = torch.tanh(q @ w)
     return q @ theta[-1]
@@ -101,7 +101,7 @@ def mnm_read(theta, q):
 def mnm_write(theta, k, v, lr=1.0):
     """Write a binding key -> value into the weights: one gradient step on 1/2 |v - read(k)|^2. Returns new weights.
 
-    With a single matrix, theta = [M], this is M + lr k^T (v - k M): Eq. 9 but for sigma and its normaliser.
+    With a single matrix, theta = [M], this is M + lr k^T (v - k M): update_delta but for sigma and its normaliser.
     """
     gradients = torch.func.grad(lambda theta: 0.5 * (v - mnm_read(theta, k)).square().sum())(theta)
     return [w - lr * g for w, g in zip(theta, gradients)]
@@ -157,7 +157,7 @@ def full_precision(x):
 
 
 def normaliser(sx, z):
-    """sigma(x) z, the denominator in Eqs. 7 and 9. sx: (..., T, d_key), z: (..., d_key). Returns (..., T, 1).
+    """sigma(x) z, which divides what is read. sx: (..., T, d_key), z: (..., d_key). Returns (..., T, 1).
 
     Departure: in the first segment the paper's quotient is 0/0. Dividing by 1 instead makes it exactly 0. A sum below
     1e-30 counts as empty too: its gradient, with a square of it in the denominator, would overflow float32.
@@ -186,8 +186,8 @@ def update_linear(memory, k, v):
 def update_delta(memory, k, v):
     """Write a segment, Eq. 9: add only what the memory does not yet answer to these keys. Shapes as update_linear.
 
-    z grows as in Eq. 8. So "M is left unmodified if the binding exists" holds only while sigma(k) M / (sigma(k) z)
-    returns the stored value: after a second writing z has grown, M has not, and the binding is read back smaller.
+    z grows as in update_linear. So "M is left unmodified if the binding exists" holds only while the memory returns
+    the stored value: after a second writing z has grown, M has not, and the binding is read back smaller.
     """
     return update_linear(memory, k, v - retrieve(k, memory))
 
@@ -232,7 +232,7 @@ def local_attention(q, k, v, causal=True):
 
     q: (..., T, d_key), k: (..., L, d_key), v: (..., L, d_value). The queries are those of the last T of the L tokens,
     and `causal` hides from each what comes after it. Returns a_dot: (..., T, d_value).
-    Departure: Eq. 6 prints sqrt(d_model); like every Transformer we divide by sqrt(d_key).
+    Departure: the paper prints sqrt(d_model); like every Transformer we divide by sqrt(d_key).
     """
     T, L = q.shape[-2], k.shape[-2]
     scores = q @ k.mT / math.sqrt(q.shape[-1])

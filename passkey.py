@@ -49,8 +49,8 @@ TEXTS = {    # what models are evaluated on, the paper's text and departures fro
     "twice": ("paper", f"{NEEDLE} {HAY} {NEEDLE}", None), "decoy": ("paper", f"{NEEDLE} {HAY} {DECOY}", None)}
 SHORTEST = 64    # tokens of a training input, at least
 TRAININGS = {    # steps, tokens in the longest input, tokens in a step
-    "local": (2400, 256, 1024), "one-rate": (2400, 256, 1024), "zero-shot": (2400, 256, 1024),
-    "plain": (400, 5000, 5000), "fast-forward": (400, 1024, 2048), "named": (2400, None, 1024)}
+    "local": (4800, 256, 1024), "one-rate": (4800, 256, 1024), "zero-shot": (4800, 256, 1024),
+    "plain": (400, 5000, 5000), "fast-forward": (800, 1024, 2048), "named": (4800, None, 1024)}
 ROWS = [training for training in TRAININGS if training != "named"]    # of the table
 
 PAPER_LENGTHS = [2 ** 15, 2 ** 17, 2 ** 18, 2 ** 19, 2 ** 20]
@@ -127,9 +127,11 @@ def is_held_out(key):
 
 
 def draw_keys(rng, n, digits, held_out):
+    """n keys for the evaluation (held out), or for training: there, as keys with a digit twice are the hard ones, each
+    is of five digits only, drawn anew for every key."""
     keys = []
     while len(keys) < n:
-        key = "".join(rng.choice("0123456789") for _ in range(digits))
+        key = "".join(rng.choices("0123456789" if held_out else rng.sample("0123456789", 5), k=digits))
         if is_held_out(key) == held_out:
             keys.append(key)
     return keys
@@ -176,7 +178,7 @@ def plain_loss(seed, digits, longest, tokens_per_step, grow):
     def loss_of(model, step):
         rng = random.Random(f"{seed}/{step}")
         n_tokens = SHORTEST * (longest / SHORTEST) ** (grow(step) * rng.random())    # log-uniform
-        total = int(n_tokens - SHORTEST) // PARAGRAPH
+        total = paragraphs(n_tokens, one_key("0" * digits))                          # so that 1 is the most frequent
         tasks = training_tasks(rng, max(1, tokens_per_step // (SHORTEST + PARAGRAPH * total)), digits)
         return whole_input_loss(model, rng, tasks, total)
     return loss_of

@@ -1158,6 +1158,11 @@ def test_every_equation_is_linked_to_the_line_of_its_function():
         assert re.search(rf"Eq\. {number}\b", "".join(body[:2])), f"{name} does not name Eq. {number}"
 
 
+def test_each_equation_has_one_home_in_the_code():
+    numbers = [int(n) for n in re.findall(r"Eq\. (\d+)", Path(infini.__file__).read_text(encoding="utf-8"))]
+    assert sorted(numbers) == list(range(1, 12))
+
+
 def test_the_readmes_example_runs():
     example = re.search(r"```python\n(.+?)```", README, re.DOTALL).group(1)
     names = {}

@@ -1,29 +1,42 @@
-"""The training loop that passkey.py and the notebook share: AdamW, gates with a rate of their own, exact resuming.
+"""A byte-level language model on real text, with every kind of memory: our Table 2 and Figure 3.
 
-(The language model that `python train.py` will train comes with a later version.)
+    python train.py                         train one model (Infini-attention, Linear + Delta), say how good it is
+    python train.py compare                 local, xl, Infini Linear, Infini Linear + Delta, full: three seeds of each
+    python train.py lengths                 does it matter in how long sequences a model was trained? (section 4.2)
+    python train.py plug                    give a trained model without memory one (section 4.3)
+    python train.py sample --load FILE      continue a text, byte by byte
+
+The text is the Python standard library's own source on this machine; --data takes other text. The training loop at the
+top is also what passkey.py uses: AdamW, gates with a rate of their own, exact resuming.
 """
 import argparse
+import codecs
+import copy
+import csv
 import io
 import math
 import os
+import random
 import signal
 import sys
+import sysconfig
 import threading
 import time
 from collections import deque
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
+import torch.nn.functional as F
 
 try:
     import resource
 except ImportError:    # Windows
     resource = None
 
-from infini import InfiniConfig, InfiniTransformer
+from infini import InfiniConfig, InfiniTransformer, generate, inject_memory
 
 
 # --- Training ------------------------------------------------------------------------------------------------------
@@ -60,7 +73,7 @@ def train(model, loss_of, steps, path, lr, gate_lr, weight_decay=0.0, warmup=50,
     Returns the loss of every step. Raises ValueError on a checkpoint that does not fit, OSError on one that can't be
     read or written.
     """
-    optimizer, losses = make_optimizer(model, lr, gate_lr, weight_decay), []
+    optimizer, losses, gates = make_optimizer(model, lr, gate_lr, weight_decay), [], []
     settings = dict(settings or {}, steps=steps, lr=lr, gate_lr=gate_lr, weight_decay=weight_decay, warmup=warmup,
                     clip=clip)
     if resume and Path(path).exists():
@@ -70,7 +83,7 @@ def train(model, loss_of, steps, path, lr, gate_lr, weight_decay=0.0, warmup=50,
         if differing:
             raise ValueError(f"{path} was of another training ({', '.join(differing)}), must be of this one to resume")
         model.load_state_dict(found["model"])
-        losses = found["losses"].tolist()
+        losses, gates = found["losses"].tolist(), list(found["gates"])
         if found["optimizer"] is None:    # it was done
             return losses
         optimizer.load_state_dict(found["optimizer"])
@@ -79,7 +92,7 @@ def train(model, loss_of, steps, path, lr, gate_lr, weight_decay=0.0, warmup=50,
         write_checkpoint(path, dict(
             model=model.state_dict(), config=asdict(model.config), settings=settings, command=" ".join(sys.argv),
             torch=str(torch.__version__), losses=torch.tensor(losses, dtype=torch.float64),
-            optimizer=None if done else optimizer.state_dict()))
+            gates=torch.stack(gates) if gates else torch.empty(0), optimizer=None if done else optimizer.state_dict()))
 
     model.train()
     progress = Progress(len(losses), steps)
@@ -96,6 +109,8 @@ def train(model, loss_of, steps, path, lr, gate_lr, weight_decay=0.0, warmup=50,
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
             optimizer.step()
             losses.append(value)
+            if model.config.attention == "infini" and (step + 1) % math.ceil(steps / 100) == 0:
+                gates.append(model.gates().cpu())
             progress.show(step + 1, n_tokens, dict(loss=value, **shown))
             if interrupted.is_set():
                 save(done=False)
@@ -183,7 +198,7 @@ def read_checkpoint(path):
     data = Path(path).read_bytes()
     try:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        return {name: content[name] for name in ("model", "config", "settings", "losses", "optimizer")}
+        return {name: content[name] for name in ("model", "config", "settings", "losses", "gates", "optimizer")}
     except Exception as error:
         raise ValueError(f"{path} was no checkpoint ({type(error).__name__}), must be one of this project") from error
 
@@ -256,6 +271,19 @@ def whole(low, high=2 ** 31):
     return parse
 
 
+def real(low=-math.inf, high=math.inf):
+    """An argument type: numbers from low to high."""
+    def parse(text):
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (low <= value <= high and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"was {text!r}, must be a number from {low:g} to {high:g}")
+        return value
+    return parse
+
+
 def several(parse):
     """An argument type: values separated by commas."""
     return lambda text: [parse(part) for part in text.replace(",", " ").split()] or parse(text)
@@ -294,5 +322,268 @@ def run(main):
         sys.exit(2)
 
 
+# --- Text ----------------------------------------------------------------------------------------------------------
+
+def read_documents(path=None):
+    """The files of a folder, or one file, as byte tensors; without a path the standard library's own modules.
+
+    Returns documents to train on and documents to validate on: every tenth file, or the last tenth of a single one.
+    Raises ValueError on a file that is no text or a folder without files, OSError on what can't be read.
+    """
+    root = Path(path or sysconfig.get_paths()["stdlib"])
+    if path:
+        files = [root] if root.is_file() else sorted(file for file in root.rglob("*") if file.is_file())
+        if not root.exists():
+            raise ValueError(f"--data was {path}, must be a file or a folder that exists")
+    else:
+        left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "topics.py"}
+        files = sorted(file for file in root.rglob("*.py") if not left_out & set(file.relative_to(root).parts))
+    documents = []
+    for file in files:
+        data = file.read_bytes()
+        if b"\0" in data:
+            raise ValueError(f"--data was binary at {file}, must be text")
+        documents.append(torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0))
+    if not any(map(len, documents)):
+        raise ValueError(f"--data was without any text at {root}, must be a text file or a folder of them")
+    if len(documents) == 1:
+        tenth = len(documents[0]) // 10
+        return [documents[0][:-tenth]], [documents[0][-tenth:]]
+    random.Random(0).shuffle(documents)
+    return documents[len(documents) // 10:], documents[:len(documents) // 10]
+
+
+def draw_sequences(documents, batch, length, rng):
+    """(batch, length) bytes, each row out of one document, each place in the documents equally likely."""
+    places = [max(0, len(document) - length + 1) for document in documents]
+    if not any(places):
+        longest = max(map(len, documents))
+        raise ValueError(f"--data was without a document of {length:,} bytes (the longest: {longest:,}), must have one")
+    rows = []
+    for document in rng.choices(documents, places, k=batch):
+        first = rng.randrange(len(document) - length + 1)
+        rows.append(document[first:first + length])
+    return torch.stack(rows).long()
+
+
+def windows(documents, length, most):
+    """At most `most` pieces of `length` bytes that do not overlap, evenly drawn from all the documents: (n, length)."""
+    pieces = [piece for document in documents for piece in document.split(length) if len(piece) == length]
+    if not pieces:
+        raise ValueError(f"--data was too short to validate on, must have {length:,} bytes in one of every ten files")
+    return torch.stack(pieces[::math.ceil(len(pieces) / most)]).long()
+
+
+# --- The language model --------------------------------------------------------------------------------------------
+
+KINDS = {"local": dict(attention="local"), "xl": dict(attention="xl"), "linear": dict(update="linear"),
+         "delta": dict(update="delta"), "full": dict(attention="full")}
+
+
+def lm_loss(documents, seed, batch, length, device):
+    """Loss on sequences drawn by seed and step, the same for every kind of model."""
+    def loss_of(model, step):
+        tokens = draw_sequences(documents, batch, length + 1, random.Random(f"{seed}/{step}")).to(device)
+        with torch.autocast("cuda", torch.bfloat16, enabled=tokens.is_cuda):
+            logits, _ = model(tokens[:, :-1])
+        loss = F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+        return loss, tokens.numel(), {"bits per byte": loss.item() / math.log(2)}
+    return loss_of
+
+
+@torch.no_grad()
+def bits(model, tokens, forget=False, at_once=2 ** 14):
+    """Bits that each byte but the first costs, (n, T), for pieces of text (n, T + 1).
+
+    forget: empty the memory before each segment, to see what it was worth.
+    """
+    device, N = model.embedding.weight.device, model.config.segment_len
+    costs = []
+    for piece in tokens.split(max(1, at_once // tokens.shape[1])):
+        given, target = piece[:, :-1].to(device), piece[:, 1:].to(device)
+        logits, _ = model(given.reshape(-1, N) if forget else given)
+        loss = F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), reduction="none")
+        costs.append(loss.view(target.shape).cpu() / math.log(2))
+    return torch.cat(costs)
+
+
+def context_memory(config, length):
+    """Numbers that a model keeps of `length` tokens of context, whole segments: Table 1."""
+    c = config
+    return {"infini": c.d_key * (c.d_value + 1), "local": 0, "xl": (c.d_key + c.d_value) * min(length, c.segment_len),
+            "full": (c.d_key + c.d_value) * length}[c.attention] * c.n_heads * c.n_layers
+
+
+def numbers_in(state):
+    """Numbers in a state, as counted."""
+    return sum(part.numel() for s in state for part in (*(s.memory or ()), s.k, s.v))
+
+
+
+def train_lm(args, kind, model=None, **changes):
+    """Train a model of a kind, from the start or onwards. changes: to args. Returns it, ready to be evaluated."""
+    args = argparse.Namespace(**{**vars(args), **changes})
+    torch.manual_seed(args.seed)
+    sizes = {field.name: getattr(args, field.name) for field in fields(InfiniConfig) if hasattr(args, field.name)}
+    model = (model or InfiniTransformer(InfiniConfig(**{**sizes, **KINDS[kind]}))).to(args.device)
+    length, name = args.segments * args.segment_len, f"lm-{args.name or kind}-seed{args.seed}"
+    print(f"{name}: {args.steps} steps of {args.batch} x {length:,} bytes, "
+          f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+    if args.compile:
+        model.compile()
+    loss_of = lm_loss(args.documents[0], args.seed, args.batch, length, args.device)
+    settings = dict(kind=kind, seed=args.seed, batch=args.batch, length=length, data=str(args.data))
+    train(model, loss_of, args.steps, args.out / f"{name}.pt", args.lr, args.gate_lr, args.weight_decay,
+          resume=args.resume, settings=settings)
+    return model.eval()
+
+
+def train_command(args):
+    """Train one model, and say what it is worth on documents that it has not seen."""
+    model, length = train_lm(args, args.kind), args.segments * args.segment_len
+    tokens = windows(args.documents[1], length + 1, args.windows)
+    print(f"{bits(model, tokens).mean():.4f} bits per byte on {len(tokens)} held-out pieces of {length:,} bytes")
+    if model.config.attention == "infini":
+        print(f"{bits(model, tokens, forget=True).mean():.4f} if its memory is emptied before each segment")
+        print("gates, a line per layer:", *(" ".join(f"{gate:.2f}" for gate in layer) for layer in model.gates()), sep="\n")
+
+
+def compare(args):
+    """Our Table 2: every kind of model on the same bytes, three seeds; what it costs to forget; loss by position."""
+    length = args.segments * args.segment_len
+    tokens = windows(args.documents[1], 4 * length + 1, args.windows)
+    costs, forgot, stored = {}, {}, {}
+    with open(args.out / "compare.csv", "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["kind", "seed", "segment", "bits_per_byte"])
+        for seed in range(args.seed, args.seed + args.seeds):
+            for kind in KINDS:
+                model = train_lm(args, kind, seed=seed)
+                seen = tokens[:, :length + 1] if kind == "full" else tokens    # it knows no positions beyond training
+                cost = bits(model, seen).unflatten(1, (-1, args.segment_len)).mean((0, 2))    # by segment
+                rows.writerows([kind, seed, i + 1, cost_i] for i, cost_i in enumerate(cost.tolist()))
+                file.flush()
+                costs.setdefault(kind, []).append(cost)
+                if model.config.attention == "infini":
+                    cost = bits(model, tokens[:, :length + 1], forget=True).mean().item()
+                    forgot.setdefault(kind, []).append(cost)
+                with torch.no_grad():
+                    stored[kind] = numbers_in(model(tokens[:1, :length].to(args.device))[1]), context_memory(model.config, length)
+    print(f"\nBits per byte of {len(tokens)} held-out pieces of {length:,} bytes, {args.seeds} seeds, mean +- deviation")
+    print(f"{'kind':8}{'bits per byte':>18}{'perplexity':>12}{'forgetful':>18}{'memory: counted':>18}{'Table 1':>12}")
+    for kind in KINDS:
+        table = torch.stack(costs[kind])[:, :args.segments].mean(1)
+        without = mean_and_deviation(torch.tensor(forgot[kind])) if kind in forgot else ""
+        print(f"{kind:8}{mean_and_deviation(table):>18}{2 ** table.mean():12.3f}{without:>18}"
+              f"{stored[kind][0]:18,}{stored[kind][1]:12,}")
+    curves = {kind: (range(1, len(cost[0]) + 1), torch.stack(cost).mean(0)) for kind, cost in costs.items()}
+    draw_lines(curves, args.out / "context.png", xlabel=f"segment of {args.segment_len} bytes", ylabel="bits per byte")
+
+
+def mean_and_deviation(values):
+    return f"{values.mean():.4f}" + (f" +- {values.std():.4f}" if len(values) > 1 else "")
+
+
+def lengths(args):
+    """Does it matter in how long sequences a model was trained? The same bytes, cut in longer or shorter ones."""
+    curves, most = {}, max(args.lengths)
+    tokens = windows(args.documents[1], most * args.segment_len + 1, args.windows)
+    for segments in args.lengths:
+        model = train_lm(args, args.kind, segments=segments, batch=max(1, args.batch * args.segments // segments),
+                         name=f"{args.kind}-{segments}-segments")
+        cost = bits(model, tokens).unflatten(1, (-1, args.segment_len)).mean((0, 2))
+        print(f"trained in {segments} segments: {cost.mean():.4f} bits per byte in {most}, {cost[0]:.4f} in the first, "
+              f"{cost[most // 2:].mean():.4f} in the second half", flush=True)
+        curves[f"trained in {segments} segments"] = range(1, most + 1), cost
+    draw_lines(curves, args.out / "lengths.png", xlabel=f"segment of {args.segment_len} bytes", ylabel="bits per byte")
+
+
+def gates(args):
+    """Figure 3: where the gates end and how they get there, with a learning rate of their own and with everyone's."""
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained")
+    for column, gate_lr in zip(axes.T, (args.gate_lr, args.lr)):
+        model = train_lm(args, args.kind, gate_lr=gate_lr, name=f"{args.kind}-gates-{gate_lr:g}")
+        path = read_checkpoint(args.out / f"lm-{args.kind}-gates-{gate_lr:g}-seed{args.seed}.pt")["gates"]
+        print(f"learning rate {gate_lr:g}, sigmoid(beta), a line per layer:")
+        for layer, values in enumerate(model.gates().tolist()):
+            print("  ".join(f"{gate:.3f}" for gate in values))
+            for head in range(len(values)):
+                column[1].plot(torch.linspace(0, args.steps, len(path)), path[:, layer, head], color=f"C{layer}")
+        c = model.config
+        image = heat_map(column[0], model.gates().tolist(), 1, "{:.2f}", x=range(1, c.n_heads + 1), y=range(1, c.n_layers + 1))
+        column[0].set(title=f"learning rate of the gates {gate_lr:g}", xlabel="head", ylabel="layer")
+        column[1].set(xlabel="step", ylabel="sigmoid(beta)", ylim=(0, 1))
+    figure.colorbar(image, ax=axes[0], label="sigmoid(beta)")
+    figure.savefig(args.out / "gates.png", dpi=150)
+
+
+def plug(args):
+    """Plug and play (section 4.3): a trained model without memory gets one, and goes on for a tenth of the steps."""
+    length = args.segments * args.segment_len
+    tokens = windows(args.documents[1], length + 1, args.windows)
+    local = train_lm(args, "local")
+    print(f"trained without memory: {bits(local, tokens).mean():.4f} bits per byte")
+    for kind, model in (("local", copy.deepcopy(local)), *((rule, inject_memory(local, rule, args.plug_gate)) for rule in ("linear", "delta"))):
+        before = bits(model, tokens).mean()
+        model = train_lm(args, kind, model, steps=args.steps // 10, lr=args.lr / 2, name=f"plug-{kind}")
+        print(f"{kind}: {before:.4f} bits per byte at the start, {bits(model, tokens).mean():.4f} after {args.steps // 10} steps more")
+
+
+def sample(args):
+    """Continue a text, byte by byte, each as soon as it is there, at a cost that does not grow."""
+    model, settings = load_model(args.load, args.device)
+    text, decoder = args.prompt.encode(), codecs.getincrementaldecoder("utf-8")(errors="replace")
+    print(args.prompt, end="", flush=True)
+    generate(model, torch.tensor([list(text)], device=args.device), args.bytes, args.temperature, args.top_p,
+             torch.Generator(args.device).manual_seed(args.seed),
+             on_token=lambda token: print(decoder.decode(bytes(token.tolist())), end="", flush=True))
+    print(decoder.decode(b"", final=True))
+
+
+COMMANDS = {"train": train_command, "compare": compare, "lengths": lengths, "gates": gates, "plug": plug, "sample": sample}
+
+
+def parse_arguments():
+    parser = Parser(description="Train byte-level language models with and without memory on real text.",
+                    epilog="Every field of InfiniConfig in infini.py is an option too: --d-model 256 --checkpoint ...")
+    parser.add_argument("what", nargs="?", choices=COMMANDS, default="train", metavar="COMMAND",
+                        help="; ".join(f"{name}: {command.__doc__.splitlines()[0]}" for name, command in COMMANDS.items()))
+    add_common_arguments(parser)
+    for name, kind, default, text in [
+            ("data", Path, None, "a text file, or a folder with a document per file (default: the standard library)"),
+            ("steps", whole(1), 3000, "training steps"), ("batch", whole(1), 4, "sequences per step"),
+            ("segments", whole(1), 16, "segments per sequence"), ("lr", real(0), 2e-3, "learning rate"),
+            ("gate-lr", real(0), 2e-2, "learning rate of the gates"), ("weight-decay", real(0), 0.0, "of the matrices"),
+            ("windows", whole(1), 100, "held-out pieces to evaluate on"), ("seeds", whole(1), 3, "seeds, for compare"),
+            ("lengths", several(whole(1)), "2,4,16,64", "segments per sequence, for lengths"),
+            ("plug-gate", real(), -4.0, "beta of a memory that is plugged in"),
+            ("load", Path, None, "checkpoint to sample from"), ("prompt", str, "def main():\n", "text to continue"),
+            ("bytes", whole(1), 500, "to write"), ("temperature", real(0), 0.8, "of samples; 0: the likeliest byte"),
+            ("top-p", real(0, 1), 0.95, "sample from the likeliest bytes that together have this probability"),
+            ("name", str, None, "of the checkpoint: OUT/lm-NAME-seedSEED.pt (default: the kind)")]:
+        shown = "" if default is None else " (default: %(default)s)" if name != "prompt" else ""
+        parser.add_argument(f"--{name}", type=kind, default=default, help=text + shown)
+    parser.add_argument("--kind", choices=KINDS, default="delta", help="of attention or memory (default: %(default)s)")
+    parser.add_argument("--compile", action="store_true", help="train with torch.compile")
+    for field in fields(InfiniConfig):
+        if field.name not in ("vocab_size", "update", "attention", "causal"):    # these follow from --kind
+            value = field.default
+            kind = dict(action="store_true") if isinstance(value, bool) else dict(type=type(value), default=value)
+            parser.add_argument("--" + field.name.replace("_", "-"), **kind, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main():\n", help="text to continue (default: %(default)r)")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_arguments()
+    prepare(args)
+    if args.what != "sample":
+        args.documents = read_documents(args.data)
+    COMMANDS[args.what](args)
+
+
 if __name__ == "__main__":
-    sys.exit("train.py holds the training loop so far; `python passkey.py` uses it")
+    run(main)
