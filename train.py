@@ -11,7 +11,6 @@ top is also what passkey.py uses: AdamW, gates with a rate of their own, exact r
 """
 import argparse
 import codecs
-import copy
 import csv
 import io
 import math
@@ -36,7 +35,7 @@ try:
 except ImportError:    # Windows
     resource = None
 
-from infini import InfiniConfig, InfiniTransformer, generate, inject_memory
+from infini import InfiniConfig, InfiniTransformer, generate, inject_memory, stream
 
 
 # --- Training ------------------------------------------------------------------------------------------------------
@@ -445,7 +444,13 @@ def train_command(args):
     print(f"{bits(model, tokens).mean():.4f} bits per byte on {len(tokens)} held-out pieces of {length:,} bytes")
     if model.config.attention == "infini":
         print(f"{bits(model, tokens, forget=True).mean():.4f} if its memory is emptied before each segment")
-        print("gates, a line per layer:", *(" ".join(f"{gate:.2f}" for gate in layer) for layer in model.gates()), sep="\n")
+        print_gates(model)
+
+
+def print_gates(model):
+    print("sigmoid(beta), a line per layer:")
+    for layer in model.gates().tolist():
+        print("    " + "  ".join(f"{gate:.3f}" for gate in layer))
 
 
 def compare(args):
@@ -467,9 +472,9 @@ def compare(args):
                 if model.config.attention == "infini":
                     cost = bits(model, tokens[:, :length + 1], forget=True).mean().item()
                     forgot.setdefault(kind, []).append(cost)
-                with torch.no_grad():
-                    stored[kind] = numbers_in(model(tokens[:1, :length].to(args.device))[1]), context_memory(model.config, length)
-    print(f"\nBits per byte of {len(tokens)} held-out pieces of {length:,} bytes, {args.seeds} seeds, mean +- deviation")
+                state = stream(model, tokens[:1, :length].to(args.device))[1]
+                stored[kind] = numbers_in(state), context_memory(model.config, length)
+    print(f"\n{len(tokens)} held-out pieces of {length:,} bytes, {args.seeds} seeds, mean +- standard deviation")
     print(f"{'kind':8}{'bits per byte':>18}{'perplexity':>12}{'forgetful':>18}{'memory: counted':>18}{'Table 1':>12}")
     for kind in KINDS:
         table = torch.stack(costs[kind])[:, :args.segments].mean(1)
@@ -504,13 +509,12 @@ def gates(args):
     for column, gate_lr in zip(axes.T, (args.gate_lr, args.lr)):
         model = train_lm(args, args.kind, gate_lr=gate_lr, name=f"{args.kind}-gates-{gate_lr:g}")
         path = read_checkpoint(args.out / f"lm-{args.kind}-gates-{gate_lr:g}-seed{args.seed}.pt")["gates"]
-        print(f"learning rate {gate_lr:g}, sigmoid(beta), a line per layer:")
-        for layer, values in enumerate(model.gates().tolist()):
-            print("  ".join(f"{gate:.3f}" for gate in values))
-            for head in range(len(values)):
-                column[1].plot(torch.linspace(0, args.steps, len(path)), path[:, layer, head], color=f"C{layer}")
-        c = model.config
-        image = heat_map(column[0], model.gates().tolist(), 1, "{:.2f}", x=range(1, c.n_heads + 1), y=range(1, c.n_layers + 1))
+        print_gates(model)
+        for layer, heads in enumerate(path.permute(1, 2, 0)):
+            for head in heads:
+                column[1].plot(torch.linspace(0, args.steps, len(head)), head, color=f"C{layer}")
+        n_layers, n_heads = model.gates().shape
+        image = heat_map(column[0], model.gates().tolist(), 1, "{:.2f}", range(1, n_heads + 1), range(1, n_layers + 1))
         column[0].set(title=f"learning rate of the gates {gate_lr:g}", xlabel="head", ylabel="layer")
         column[1].set(xlabel="step", ylabel="sigmoid(beta)", ylim=(0, 1))
     figure.colorbar(image, ax=axes[0], label="sigmoid(beta)")
@@ -523,10 +527,11 @@ def plug(args):
     tokens = windows(args.documents[1], length + 1, args.windows)
     local = train_lm(args, "local")
     print(f"trained without memory: {bits(local, tokens).mean():.4f} bits per byte")
-    for kind, model in (("local", copy.deepcopy(local)), *((rule, inject_memory(local, rule, args.plug_gate)) for rule in ("linear", "delta"))):
-        before = bits(model, tokens).mean()
-        model = train_lm(args, kind, model, steps=args.steps // 10, lr=args.lr / 2, name=f"plug-{kind}")
-        print(f"{kind}: {before:.4f} bits per byte at the start, {bits(model, tokens).mean():.4f} after {args.steps // 10} steps more")
+    starts = {rule: inject_memory(local, rule, args.plug_gate) for rule in ("linear", "delta")}
+    for kind, model in {"local": local, **starts}.items():
+        before, steps = bits(model, tokens).mean(), max(1, args.steps // 10)
+        model = train_lm(args, kind, model, steps=steps, lr=args.lr / 2, name=f"plug-{kind}")
+        print(f"{kind}: {before:.4f} bits per byte at the start, {bits(model, tokens).mean():.4f} {steps} steps later")
 
 
 def sample(args):
@@ -540,14 +545,14 @@ def sample(args):
     print(decoder.decode(b"", final=True))
 
 
-COMMANDS = {"train": train_command, "compare": compare, "lengths": lengths, "gates": gates, "plug": plug, "sample": sample}
+COMMANDS = dict(train=train_command, compare=compare, lengths=lengths, gates=gates, plug=plug, sample=sample)
 
 
 def parse_arguments():
     parser = Parser(description="Train byte-level language models with and without memory on real text.",
                     epilog="Every field of InfiniConfig in infini.py is an option too: --d-model 256 --checkpoint ...")
     parser.add_argument("what", nargs="?", choices=COMMANDS, default="train", metavar="COMMAND",
-                        help="; ".join(f"{name}: {command.__doc__.splitlines()[0]}" for name, command in COMMANDS.items()))
+                        help=" ".join(f"{name}: {what.__doc__.splitlines()[0]}" for name, what in COMMANDS.items()))
     add_common_arguments(parser)
     for name, kind, default, text in [
             ("data", Path, None, "a text file, or a folder with a document per file (default: the standard library)"),
@@ -570,10 +575,6 @@ def parse_arguments():
             value = field.default
             kind = dict(action="store_true") if isinstance(value, bool) else dict(type=type(value), default=value)
             parser.add_argument("--" + field.name.replace("_", "-"), **kind, help=argparse.SUPPRESS)
-    return parser.parse_args()
-
-
-def main():\n", help="text to continue (default: %(default)r)")
     return parser.parse_args()
 
 
