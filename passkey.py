@@ -371,17 +371,17 @@ def print_found(name, found, lengths, paper):
 
 
 def draw(results, path):
-    """A heat map for each model, depth by length; if there is one depth, lines. results: {name: list of Founds}."""
-    if len({f.depth for found in results.values() for f in found}) == 1:
+    """A heat map for each model, depth by length; if there is one depth, lines. results: (name, list of Founds) pairs."""
+    if len({f.depth for _, found in results for f in found}) == 1:
         curves = {name: ([f.tokens / model_config().segment_len for f in found], [100 * f.digits_right for f in found])
-                  for name, found in results.items()}
+                  for name, found in results}
         draw_lines(curves, path, xlabel="segments in the input", ylabel="digits right (%)")
     else:
         columns = min(2, len(results))
         figure, axes = panels(math.ceil(len(results) / columns), columns)
         for axis in axes.flat[len(results):]:
             axis.set_visible(False)
-        for axis, (name, found) in zip(axes.flat, results.items()):
+        for axis, (name, found) in zip(axes.flat, results):
             lengths, depths = (sorted({f[i] for f in found}) for i in (0, 1))
             share = {f[:2]: 100 * f.digits_right for f in found}
             image = heat_map(axis, [[share[n, d] for n in lengths] for d in depths], 100, "{:.0f}",
@@ -463,25 +463,29 @@ def load_for_table(path, device):
 
 def table(args, rules):
     """Table 3: train or load models, look for keys, print the rows, and leave them in a CSV file and a picture."""
+    path = args.csv or args.out / "passkey.csv"
+    if path.is_dir() or not path.parent.is_dir():
+        raise ValueError(f"--csv was {path}, must be a file in a folder that exists")
     models = [load_for_table(path, args.device) for path in args.load or train_all(args, rules)]
-    results, depths = {}, "/".join(f"{depth:.0%}" for depth in args.depths)
+    results, depths = [], "/".join(f"{depth:.0%}" for depth in args.depths)
     print(f"\nDigits right in %, key at {depths} of the hay, {args.keys} held-out keys a cell")
     print_row("training, rule, seed", [short(n) for n in args.lengths])
-    with open(args.csv or args.out / "passkey.csv", "w", newline="") as file:
+    with open(path, "w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["training", "rule", "seed", "text", *Found._fields])
         for model, who in models:
             for text in args.text:
                 hay, needle, digits = TEXTS[text]
                 keys = draw_keys(random.Random(f"evaluation {args.eval_seed}"), args.keys, digits or args.digits, True)
-                name = " ".join(map(str, who)) + (f" {text}" if text != "paper" else "")
-                results[name] = []
-                for found in find(model, [one_key(key, needle) for key in keys], args.lengths, args.depths, hay):
-                    results[name].append(found)
-                    rows.writerow([*who, text, *found])
+                found = []
+                for cell in find(model, [one_key(key, needle) for key in keys], args.lengths, args.depths, hay):
+                    found.append(cell)
+                    rows.writerow([*who, text, *cell])
                     file.flush()
+                name = " ".join(map(str, who)) + (f" {text}" if text != "paper" else "")
                 paper = PAPER.get(who[:2], "") if text == "paper" and args.depths == [0, 0.5, 1] else ""
-                print_found(name, results[name], args.lengths, dict(zip(PAPER_LENGTHS, paper.split())))
+                print_found(name, found, args.lengths, dict(zip(PAPER_LENGTHS, paper.split())))
+                results.append((name, found))
     draw(results, args.out / "passkey.png")
 
 

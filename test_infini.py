@@ -926,6 +926,134 @@ def test_a_checkpoint_of_another_training_is_not_resumed_and_a_broken_one_not_lo
         train.load_model(tmp_path / "missing.pt")
 
 
+# --- train.py: the language model ----------------------------------------------------------------------------------
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder of 20 documents of 100 to 3,900 bytes, no two of which share a byte."""
+    (tmp_path / "text" / "deep").mkdir(parents=True)
+    for i in range(20):
+        (tmp_path / "text" / ("deep" if i % 2 else ".") / f"{i}.txt").write_bytes(bytes([i + 40]) * (100 + 200 * i))
+    return tmp_path / "text"
+
+
+def test_the_standard_library_is_the_default_corpus_without_its_tests_and_split_by_file():
+    training, validation = train.read_documents()
+    documents = [bytes(document.tolist()) for document in training + validation if len(document)]
+    root = Path(train.__file__).parent                           # of this project, whose files are not in it
+    assert len(training) > 300 and 0.08 < len(validation) / len(training) < 0.12 and sum(map(len, documents)) > 5e6
+    assert Path(random.__file__).read_bytes() in documents and Path(train.__file__).read_bytes() not in documents
+    assert not any(b"class RegressionTests(unittest.TestCase)" in document for document in documents)
+    assert [len(d) for d in train.read_documents()[1]] == [len(d) for d in validation]
+
+
+def test_every_sequence_is_cut_from_a_single_document_and_any_place_can_be_drawn(folder):
+    training, validation = train.read_documents(folder)
+    assert len(training) == 18 and len(validation) == 2
+    assert not {d[0].item() for d in training} & {d[0].item() for d in validation}
+    rows = train.draw_sequences(training, 300, 1000, random.Random(0))
+    assert rows.shape == (300, 1000) and (rows == rows[:, :1]).all()
+    counts = {i: int((rows[:, 0] == i + 40).sum()) for i in range(20)}
+    assert not any(counts[i] for i in range(4)) and counts[max(d[0].item() - 40 for d in training)] > 20
+    counting = [torch.arange(250, dtype=torch.uint8)]
+    firsts = {int(row[0]) for row in train.draw_sequences(counting, 2000, 200, random.Random(0))}
+    assert firsts == set(range(51))
+
+
+def test_validation_pieces_do_not_overlap_and_come_from_all_documents():
+    documents = [torch.arange(i, i + 70, dtype=torch.uint8) for i in (0, 70, 140)]
+    pieces = train.windows(documents, 20, 9)
+    assert len(pieces) == 9 and len(torch.unique(pieces)) == 180
+    assert {int(piece[0]) // 70 for piece in train.windows(documents, 20, 5)} == {0, 1, 2}
+
+
+def test_a_single_file_is_cut_into_nine_tenths_and_one_tenth(tmp_path):
+    (tmp_path / "book.txt").write_bytes(bytes(range(32, 132)) * 10)
+    (training,), (validation,) = train.read_documents(tmp_path / "book.txt")
+    assert len(training) == 900 and bytes(validation.tolist()) == bytes(range(32, 132))
+
+
+@pytest.mark.parametrize("content, match", [(None, "must be a file or a folder"), (b"", "without any text"),
+                                            (b"ab\0cd" * 500, "binary"), (b"too short", "without a document of")])
+def test_text_that_is_none_is_refused_in_one_line(content, match, tmp_path, monkeypatch, capsys):
+    if content is not None:
+        (tmp_path / "text").mkdir()
+        (tmp_path / "text" / "a.txt").write_bytes(content)
+    code, _, err = command(monkeypatch, capsys, "--data", tmp_path / "text", "--out", tmp_path, "--steps", 1, script=train)
+    assert code == 2 and re.search(match, err) and len(err.strip().splitlines()) == 1 and "--data" in err
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bits_are_those_of_the_probabilities_and_forgetting_is_reading_each_segment_alone(kind):
+    model, tokens = make(kind), torch.randint(0, SMALL.vocab_size, (3, 4 * SMALL.segment_len + 1))
+    expected = -model(tokens[:, :-1])[0].softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0].log2()
+    same(train.bits(model, tokens, at_once=1), expected, 1e-6)
+    if kind == "full":
+        return
+    alone = [model(piece)[0] for piece in tokens[:, :-1].split(SMALL.segment_len, 1)]
+    expected = -torch.cat(alone, 1).softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0].log2()
+    same(train.bits(model, tokens, forget=True), expected, 1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_memory_of_table_1_is_the_memory_that_a_state_holds(kind):
+    model = make(kind)
+    for segments in (2, 5):
+        tokens = torch.randint(0, SMALL.vocab_size, (1, segments * SMALL.segment_len))
+        assert train.numbers_in(model(tokens)[1]) == train.context_memory(model.config, tokens.shape[1])
+
+
+def test_the_papers_own_sizes_fit_together_on_the_meta_device():
+    sizes = dict(d_model=1024, n_layers=12, n_heads=8, d_key=128, d_value=128, d_ff=4096, segment_len=2048)
+    with torch.device("meta"):
+        model = InfiniTransformer(InfiniConfig(**sizes, checkpoint=True))
+        logits, state = model(torch.zeros(2, 32768, dtype=torch.long))
+        logits.sum().backward()
+    assert logits.shape == (2, 32768, 256) and all(p.grad.shape == p.shape for p in model.parameters())
+    assert train.numbers_in(state) == 2 * 1_585_152 == 2 * train.context_memory(model.config, 32768)
+    for attention, numbers in (("xl", 50_331_648), ("full", 16 * 50_331_648), ("local", 0)):
+        assert train.context_memory(replace(model.config, attention=attention), 32768) == numbers
+
+
+LM = ["--steps", 2, "--batch", 2, "--segments", 4, "--segment-len", 8, "--d-model", 16, "--n-layers", 2, "--n-heads", 2,
+      "--d-key", 4, "--d-value", 6, "--d-ff", 16, "--windows", 3]
+
+
+def test_the_language_model_is_trained_resumed_and_sampled_from(folder, tmp_path, monkeypatch, capsys):
+    where = ["--data", folder, "--out", tmp_path]
+    code, out, err = command(monkeypatch, capsys, *LM, *where, script=train)
+    assert code == 0 and "2/2 steps" in err and re.search(r"\d\.\d{4} bits per byte on 3 held-out pieces of 32 bytes", out)
+    first = (tmp_path / "lm-delta-seed0.pt").read_bytes()
+    code, again, err = command(monkeypatch, capsys, *LM, *where, "--resume", script=train)
+    assert code == 0 and again == out and "steps" not in err and (tmp_path / "lm-delta-seed0.pt").read_bytes() == first
+    load = ["sample", "--load", tmp_path / "lm-delta-seed0.pt", "--prompt", "(x) é ", "--bytes", 40]
+    texts = [command(monkeypatch, capsys, *load, "--seed", seed, script=train)[1] for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2] and texts[0].startswith("(x) é ") and len(texts[0]) > 30
+
+
+def test_compare_prints_a_row_for_every_kind_and_writes_its_files(folder, tmp_path, monkeypatch, capsys):
+    code, out, _ = command(monkeypatch, capsys, "compare", *LM, "--seeds", 2, "--data", folder, "--out", tmp_path, script=train)
+    table = {line.split()[0]: line for line in out.splitlines()[-5:]}
+    assert code == 0 and list(table) == ["local", "xl", "linear", "delta", "full"]
+    assert table["linear"].split()[-2:] == ["112"] * 2 and table["xl"].split()[-1] == "320"     # 4 * 7 * 2 * 2; 10 * 2 * 8 * 2
+    rows = (tmp_path / "compare.csv").read_text().splitlines()
+    assert len(rows) == 1 + 2 * (4 * 16 + 4)                     # segments: four times the training length, but for "full"
+    mean = np.mean([float(row.split(",")[3]) for row in rows if row.startswith("delta") and int(row.split(",")[2]) <= 4])
+    assert table["delta"].split()[1] == f"{mean:.4f}" and (tmp_path / "context.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("what, picture", [("gates", "gates.png"), ("lengths", "lengths.png"), ("plug", None)])
+def test_the_other_experiments_run(what, picture, folder, tmp_path, monkeypatch, capsys):
+    code, out, _ = command(monkeypatch, capsys, what, *LM, "--lengths", "1,4", "--plug-gate", -30, "--lr", 1e-9, "--gate-lr", 1e-9,
+                           "--data", folder, "--out", tmp_path, script=train)
+    assert code == 0 and (picture is None or (tmp_path / picture).read_bytes().startswith(b"\x89PNG"))
+    if what == "plug":                                           # a closed gate: it begins exactly where "local" ended
+        starts = set(re.findall(r": (\d\.\d{4}) bits", out))
+        assert len(starts) == 1 and out.count(starts.pop()) >= 4
+    if what == "gates":
+        assert out.count("0.500") == 2 * 2 * 2
+
+
 # --- passkey.py: the paper's task ----------------------------------------------------------------------------------
 
 def test_the_prompt_is_the_papers_word_for_word():
@@ -1097,11 +1225,11 @@ def test_hay_of_every_kind_is_as_long_and_has_no_digits():
     assert paper != shuffled and sorted(re.split(r"(?<=\.) ", paper)) == sorted(re.split(r"(?<=\.) ", shuffled))
 
 
-def command(monkeypatch, capsys, *arguments):
+def command(monkeypatch, capsys, *arguments, script=passkey):
     """Run `python passkey.py arguments`. Returns exit code, standard output, standard error."""
-    monkeypatch.setattr(sys, "argv", ["passkey.py", "--threads", "1", *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments), "--threads", "1"])
     with pytest.raises(SystemExit) as stop:
-        train.run(passkey.main)
+        train.run(script.main)
         sys.exit(0)
     return stop.value.code, *capsys.readouterr()
 
@@ -1134,7 +1262,7 @@ def test_the_command_measures_how_many_named_keys_a_memory_holds(tmp_path, monke
     ["--steps", "0"], ["--steps", "many"], ["--training", "warm"], ["--lengths", "1G"], ["--lengths", "65M"], ["--digits", "2"], ["--text", "hay"], ["--lengths", "10"],
     ["--lengths", ""], ["--depths", "0,101"], ["--depths", "nan"], ["--keys", "0"], ["--seed", "-1"], ["--seed", "1.5"],
     ["--device", "abacus"], ["--device", "meta"], ["--threads", "0"], ["--rule", "hebb"], ["--load", "missing.pt"], ["--load", "."],
-    ["--load", __file__], ["--out", __file__], ["--st", "3"]])
+    ["--load", __file__], ["--out", __file__], ["--csv", "."], ["--csv", "no/table.csv"], ["--st", "3"]])
 def test_bad_arguments_are_one_line_on_standard_error_and_exit_code_2(arguments, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(passkey, "train_one", None)              # nothing may be trained
