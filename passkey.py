@@ -270,8 +270,7 @@ def train_one(args, training, start=None, **config):
     model = load_model(start)[0] if start else InfiniTransformer(model_config(**config))
     name = "-".join(["passkey", training, *(str(value) for key, value in config.items() if key in ("update", "d_key"))])
     print(f"{name}: {steps} steps, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
-    begin = sum(p.double().sum().item() for p in model.parameters())          # changes with the weights it starts from
-    settings = dict(training=training, seed=args.seed, digits=args.digits, begin=begin)
+    settings = dict(training=training, seed=args.seed, digits=args.digits)
     train(model.to(args.device), loss(seed, args.digits, longest, tokens_per_step, grow), steps,
           args.out / f"{name}.pt", **rates, resume=args.resume, settings=settings)
     return args.out / f"{name}.pt"

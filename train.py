@@ -73,8 +73,9 @@ def train(model, loss_of, steps, path, lr, gate_lr, weight_decay=0.0, warmup=50,
     read or written.
     """
     optimizer, losses, gates = make_optimizer(model, lr, gate_lr, weight_decay), [], []
+    begin = round(sum(p.detach().cpu().double().sum().item() for p in model.parameters()), 6)    # tells weights apart
     settings = dict(settings or {}, steps=steps, lr=lr, gate_lr=gate_lr, weight_decay=weight_decay, warmup=warmup,
-                    clip=clip)
+                    clip=clip, begin=begin)
     if resume and Path(path).exists():
         found = read_checkpoint(path)
         made, wanted = ({**c, **s} for c, s in ((found["config"], found["settings"]), (asdict(model.config), settings)))
