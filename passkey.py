@@ -3,6 +3,7 @@
     python passkey.py                              train a model in each way, look for keys in up to a million tokens
     python passkey.py --load assets/passkey-*.pt   look only
     python passkey.py --load FILE --text all       is it the key that the model has learned, or the hay?
+    python passkey.py dilution --load FILE ...     why keys are lost: how thin they get in the memory
     python passkey.py capacity                     many named keys in one input: how many does a memory hold?
 
 The prompt is the paper's, word for word. A token is a word, a punctuation mark or a single digit: the prompt needs 53.
@@ -31,7 +32,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from infini import InfiniConfig, InfiniTransformer, Memory, State, generate, stream
+from infini import InfiniConfig, InfiniTransformer, Memory, State, generate, retrieve, sigma, stream
 from train import (Parser, Progress, add_common_arguments, draw_lines, heat_map, load_model, panels, peak_memory,
                    prepare, run, several, train, whole)
 
@@ -370,7 +371,7 @@ def print_found(name, found, lengths, paper):
 
 
 def draw(results, path):
-    """A heat map for each model, depth by length; if there is one depth, lines. results: (name, list of Founds) pairs."""
+    """A heat map for each model, depth by length; if there is one depth, lines. results: pairs (name, Founds)."""
     if len({f.depth for _, found in results for f in found}) == 1:
         curves = {name: ([f.tokens / model_config().segment_len for f in found], [100 * f.digits_right for f in found])
                   for name, found in results}
@@ -415,8 +416,8 @@ def names_of(names):
 
 def parse_arguments():
     parser = Parser(description="Find a pass key in up to a million tokens: the paper's section 4.3 and Table 3.")
-    parser.add_argument("what", nargs="?", choices=["table", "capacity"], default="table",
-                        help="Table 3, or how many named keys a memory of which size holds (default: %(default)s)")
+    parser.add_argument("what", nargs="?", choices=["table", "dilution", "capacity"], default="table",
+                        help="Table 3, how thin a key gets, or how many keys fit in (default: %(default)s)")
     add_common_arguments(parser)
     parser.add_argument("--rule", choices=["linear", "delta", "both"], default="both",
                         help="update rule of the memory: Eq. 8, Eq. 9, or one model for each (default: %(default)s)")
@@ -488,6 +489,48 @@ def table(args, rules):
     draw(results, args.out / "passkey.png")
 
 
+def needle_shares(model, task, lengths):
+    """How much of what the memory answers to the question comes from the needle, at the start of longer and longer hay:
+    the share of its tokens' sigma(k) in sigma(q) z, at the question's last token. Yields n, (n_layers, n_heads)."""
+    heard = []
+    hooks = [block.attention.register_forward_pre_hook(lambda layer, inputs: heard.append(layer.project(inputs[0])))
+             for block in model.blocks]
+
+    def hear(text, state):
+        heard.clear()
+        _, state = stream(model, text[None].to(model.embedding.weight.device), state)
+        return state
+    try:
+        state, question = hear(encode(task.needle), hear(encode(INTRO), None)), encode(task.question)
+        needle = [sigma(k).sum(2) for _, k, _ in heard]                       # (1, H, d_key) for each layer
+        passed = 0
+        for n in sorted(lengths):
+            total = paragraphs(n, task)
+            for first in range(passed, total, 80):
+                state = hear(encode(HAY).repeat(min(80, total - first)), state)
+            passed, before = total, hear(question[:-1], state)
+            hear(question[-1:], before)
+            yield n, torch.stack([retrieve(q, Memory(k.unsqueeze(-1), s.memory.z))[0, :, 0, 0]
+                                  for (q, _, _), k, s in zip(heard, needle, before)])
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def dilution(args, rules):
+    """Why keys are lost: the needle's share of what the memory answers, in the head where it is largest."""
+    models, curves = [load_for_table(path, args.device) for path in args.load or train_all(args, rules)], {}
+    print_row("Needle's share in %", [short(n) for n in sorted(args.lengths)])
+    for model, who in models:
+        if model.config.attention == "local":
+            continue
+        task, name = one_key("1" * args.digits), " ".join(map(str, who))
+        shares = [100 * share.max().item() for _, share in needle_shares(model, task, args.lengths)]
+        print_row(name, [f"{share:.2g}" for share in shares])
+        curves[name] = sorted(args.lengths), shares
+    draw_lines(curves, args.out / "dilution.png", xlabel="tokens of hay behind the needle", ylabel="needle's share (%)")
+
+
 def capacity(args, rules):
     """Several named keys in one input, one of them asked for: how many does a memory of which size hold?"""
     numbers, curves = [2 ** i for i in range(6)], {}
@@ -510,7 +553,7 @@ def main():
     args = parse_arguments()
     prepare(args)
     rules = ["linear", "delta"] if args.rule == "both" else [args.rule]
-    {"table": table, "capacity": capacity}[args.what](args, rules)
+    {"table": table, "dilution": dilution, "capacity": capacity}[args.what](args, rules)
 
 
 if __name__ == "__main__":

@@ -1167,6 +1167,24 @@ def test_one_of_several_named_keys_is_asked_for():
     assert len({task.needle.index(task.answer) for task in tasks}) > 5
 
 
+def test_the_needles_share_is_its_part_of_the_kernel_weights_of_all_tokens_in_the_memory():
+    torch.manual_seed(0)
+    model, task = InfiniTransformer(passkey.model_config(update="linear")).double(), passkey.one_key("9054")
+    shares = dict(passkey.needle_shares(model, task, [300, 120]))
+    for n, share in shares.items():
+        text = passkey.write_input(task, passkey.write_hay("paper", passkey.paragraphs(n, task), None), 0)[:-4]
+        first, past = len(passkey.encode(passkey.INTRO)), (len(text) - 1) // 32 * 32       # in the memory: whole segments
+        x = model.embedding(text[None])
+        for block, heads in zip(model.blocks, share):
+            q, k, _ = (y[0].detach().numpy() for y in block.attention.project(block.norm1(x)))
+            sq, sk = np.apply_along_axis(o_sigma, -1, q[:, -1]), np.apply_along_axis(o_sigma, -1, k)
+            weights = np.einsum("hd,htd->ht", sq, sk)
+            expected = weights[:, first:first + len(passkey.encode(task.needle))].sum(1) / weights[:, :past].sum(1)
+            same(heads, torch.from_numpy(expected), 1e-9)
+            x, _ = block(x, None)
+    assert list(shares) == [120, 300] and (shares[120] > shares[300]).all()
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_fast_forwarding_leaves_the_memory_that_reading_all_of_the_hay_leaves(rule):
     torch.manual_seed(0)
@@ -1250,6 +1268,13 @@ def test_the_command_trains_prints_a_table_and_writes_its_files(tmp_path, monkey
     assert code == 0 and len(again) == 8 * 4 and "plain delta 0 decoy" in out
     measured = [[row.split(",")[:8] for row in some if ",paper," in row and "plain,delta" in row] for some in (rows, again)]
     assert measured[0] == measured[1] and len(measured[0]) == 4
+
+
+def test_the_command_measures_how_thin_a_key_gets(tmp_path, monkeypatch, capsys):
+    args = ["dilution", "--steps", 2, "--rule", "delta", "--training", "local,zero-shot", "--lengths", "128,2K", "--out", tmp_path]
+    code, out, err = command(monkeypatch, capsys, *args)
+    first, last = map(float, out.splitlines()[-1].split()[-2:])
+    assert code == 0 and 100 > first > last > 0 and (tmp_path / "dilution.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_command_measures_how_many_named_keys_a_memory_holds(tmp_path, monkeypatch, capsys):
