@@ -10,17 +10,18 @@ The prompt is the paper's, word for word. A token is a word, a punctuation mark 
 No key of the evaluation occurs in any training. The ways of training:
 
     local          as zero-shot, but attention="local": the control, a model without memory
-    one-rate       as zero-shot, but the gates start half open and have the learning rate of everything else
+    one-rate       as zero-shot, but the gates have the learning rate of everything else
     zero-shot      on inputs of at most 256 tokens, short ones first: from the start, long ones teach nothing
     plain          zero-shot, then inputs of at most 5,000 tokens (the paper: 5K)
     fast-forward   zero-shot, then short inputs, in half of which the memory goes through up to 1.2 million tokens of
-                   hay, most of them counted instead of read. A departure: see fast_forward
+                   hay on each side of the key, most of them counted instead of read. A departure: see fast_forward
 
-In all of them half of the inputs have other hay than the paper's, and a third have keys of 3 to 6 digits: a model that
-has seen one paragraph only learns to ignore that paragraph.
+In all of them half of the hay is not the paper's, but its sentences in random order or random words, and in a quarter
+of the steps keys have 3, 5 or 6 digits: a model that has seen one paragraph only learns to ignore that paragraph.
 """
 import argparse
 import csv
+import itertools
 import math
 import random
 import re
@@ -51,7 +52,7 @@ TEXTS = {    # what models are evaluated on, the paper's text and departures fro
 SHORTEST = 64    # tokens of a training input, at least
 TRAININGS = {    # steps, tokens in the longest input, tokens in a step
     "local": (4800, 256, 1024), "one-rate": (4800, 256, 1024), "zero-shot": (4800, 256, 1024),
-    "plain": (1600, 5000, 5000), "fast-forward": (800, 1024, 2048), "named": (4800, None, 1024)}
+    "plain": (1600, 5000, 5000), "fast-forward": (1600, 1024, 2048), "named": (4800, None, 1024)}
 ROWS = [training for training in TRAININGS if training != "named"]    # of the table
 
 PAPER_LENGTHS = [2 ** 15, 2 ** 17, 2 ** 18, 2 ** 19, 2 ** 20]
@@ -71,7 +72,7 @@ def words(text):
 VOCABULARY = sorted(set(words("0123456789" + INTRO + HAY + NEEDLE + QUESTION)) - {"{", "}"})
 TOKEN = {word: i for i, word in enumerate(VOCABULARY)}
 WORDS = [word for word in VOCABULARY if not word.isdigit()]
-NAMES = [word for word in WORDS if word.isalpha() and word not in words(NAMED_QUESTION)]    # 32 of them
+NAMES = [word for word in WORDS if word.isalpha() and word not in words(NAMED_QUESTION)][:32]
 PARAGRAPH = len(words(HAY))    # 24 tokens
 
 
@@ -259,17 +260,18 @@ def named_loss(seed, digits, longest, tokens_per_step, grow):
 def train_one(args, training, start=None, **config):
     """Train one model, from the checkpoint `start` if it is fine-tuned. Returns its checkpoint's path."""
     steps, longest, tokens_per_step = TRAININGS[training]
-    steps, seed = args.steps or steps, args.seed + bool(start)
+    steps, seed = args.steps or steps, f"{args.seed} tuned" if start else args.seed
     grow = (lambda step: 1.0) if start else (lambda step: min(1, step / steps / 0.3))
     loss = {"fast-forward": fast_forward_loss, "named": named_loss}.get(training, plain_loss)
     rates = dict(lr=2e-3 if start else 4e-3, gate_lr=1e-2)
     if training == "local":
         config["attention"] = "local"
     if training == "one-rate":
-        config["gate_init"], rates["gate_lr"] = 0.0, rates["lr"]
+        rates["gate_lr"] = rates["lr"]
     torch.manual_seed(args.seed)
     model = load_model(start)[0] if start else InfiniTransformer(model_config(**config))
-    name = "-".join(["passkey", training, *(str(value) for key, value in config.items() if key in ("update", "d_key"))])
+    kind = [str(config[key]) for key in ("update", "d_key") if key in config]
+    name = "-".join(["passkey", training, *kind, f"seed{args.seed}"])
     print(f"{name}: {steps} steps, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     settings = dict(training=training, seed=args.seed, digits=args.digits)
     train(model.to(args.device), loss(seed, args.digits, longest, tokens_per_step, grow), steps,
@@ -302,41 +304,43 @@ def find(model, tasks, lengths, depths, hay="paper"):
     Nothing is told: the model writes all digits itself. Inputs are streamed, and what they have in common is read once:
     what precedes the needles, for all of them; what follows them, up to the length at which one of the inputs ends.
     """
+    if not lengths:
+        return
     device, B = model.embedding.weight.device, len(tasks)
-    needles, questions, answers = (torch.stack([encode(text) for text in texts]) for texts in zip(*tasks))
-    places = {}    # paragraphs before the needle -> {paragraphs behind it: [(n, depth)]}
-    for n in lengths:
-        for depth in depths:
-            total = paragraphs(n, tasks[0])
-            before = round(depth * total)
-            places.setdefault(before, {}).setdefault(total - before, []).append((n, depth))
-    progress = Progress(0, PARAGRAPH * (max(places) + B * sum(map(max, places.values()))) + 1, "tokens read")
+    needles, questions, answers = (torch.stack([*map(encode, texts)]).to(device) for texts in zip(*tasks))
+    cells = {}    # (paragraphs before the needle, behind it) -> [(n, depth)]
+    for n, depth in itertools.product(lengths, depths):
+        total = paragraphs(n, tasks[0])
+        before = round(depth * total)
+        cells.setdefault((before, total - before), []).append((n, depth))
+    most = dict(sorted(cells))    # paragraphs before the needle -> the most that are behind it
+    progress = Progress(0, PARAGRAPH * (max(most) + B * sum(most.values())) + 1, "tokens read")
 
-    def read(state, begin, end):
+    def read(state, begin, end, side):
         batch = state[0].k.shape[0]
         at_once = max(4, 80 // batch)                                         # never more than some 2,000 tokens
         for i in range(begin, end, at_once):
-            text = write_hay(hay, min(at_once, end - i), random.Random(i)).expand(batch, -1)
-            _, state = stream(model, text.to(device), state)
+            hay_now = [write_hay(hay, 1, random.Random(f"{side} {j}")) for j in range(i, min(i + at_once, end))]
+            text = torch.cat(hay_now).expand(batch, -1).to(device)
+            _, state = stream(model, text, state)
             progress.show(progress.tokens + text.numel(), text.numel())
         return state
 
-    with torch.no_grad():
-        _, prefix = stream(model, encode(INTRO)[None].to(device))
-        reached = 0
-        for before in sorted(places):
-            prefix, reached = read(prefix, reached, before), before
-            _, state = stream(model, needles.to(device), copies(prefix, B))
-            passed = 0
-            for after in sorted(places[before]):
-                start, tokens = time.monotonic(), progress.tokens
-                state, passed = read(state, passed, after), after
-                seconds, tokens = time.monotonic() - start, progress.tokens - tokens
-                written = generate(model, questions.to(device), answers.shape[1], temperature=0, state=state)
-                right = written[:, questions.shape[1]:].cpu() == answers
-                for n, depth in places[before][after]:
-                    yield Found(n, depth, right.float().mean().item(), right.all(1).float().mean().item(),
-                                1e6 * seconds / tokens if tokens else math.nan, peak_memory())
+    _, prefix = stream(model, encode(INTRO)[None].to(device))
+    reached = -1
+    for before, behind in sorted(cells):
+        if before > reached:
+            prefix = read(prefix, max(0, reached), before, "before")
+            _, state = stream(model, needles, copies(prefix, B))
+            reached, passed = before, 0
+        start, tokens = time.perf_counter(), progress.tokens
+        state, passed = read(state, passed, behind, "behind"), behind
+        seconds, tokens = time.perf_counter() - start, progress.tokens - tokens
+        written = generate(model, questions, answers.shape[1], temperature=0, state=state)
+        right = written[:, questions.shape[1]:] == answers
+        for n, depth in cells[before, behind]:
+            yield Found(n, depth, right.float().mean().item(), right.all(1).float().mean().item(),
+                        1e6 * seconds / tokens if tokens else math.nan, peak_memory())
     progress.close(keep=False)
 
 
@@ -367,7 +371,7 @@ def print_found(name, found, lengths, paper):
     if set(lengths) & set(paper):
         print_row("    in the paper", [paper.get(n, "") for n in lengths])
     print_row("    whole keys", [percents(f.keys_right for f in cell) for cell in cells])
-    print_row("    us a token, peak MB", [f"{cell[0].us_per_token:.1f}, {cell[0].peak_mb:.0f}" for cell in cells])
+    print_row("    us/token, peak MB so far", [f"{row[0].us_per_token:.1f}, {row[0].peak_mb:.0f}" for row in cells])
 
 
 def draw(results, path):
@@ -375,21 +379,20 @@ def draw(results, path):
     if len({f.depth for _, found in results for f in found}) == 1:
         curves = {name: ([f.tokens / model_config().segment_len for f in found], [100 * f.digits_right for f in found])
                   for name, found in results}
-        draw_lines(curves, path, xlabel="segments in the input", ylabel="digits right (%)")
-    else:
-        columns = min(2, len(results))
-        figure, axes = panels(math.ceil(len(results) / columns), columns)
-        for axis in axes.flat[len(results):]:
-            axis.set_visible(False)
-        for axis, (name, found) in zip(axes.flat, results):
-            lengths, depths = (sorted({f[i] for f in found}) for i in (0, 1))
-            share = {f[:2]: 100 * f.digits_right for f in found}
-            image = heat_map(axis, [[share[n, d] for n in lengths] for d in depths], 100, "{:.0f}",
-                             x=[short(n) for n in lengths], y=[f"{d:.0%}" for d in depths])
-            axis.set_title(name, fontsize=9)
-        figure.supxlabel("length of the input (tokens)")
-        figure.supylabel("depth of the key")
-        figure.colorbar(image, ax=axes, label="digits right (%)")
+        return draw_lines(curves, path, xlabel="segments in the input", ylabel="digits right (%)")
+    columns = min(2, len(results))
+    figure, axes = panels(math.ceil(len(results) / columns), columns)
+    for axis in axes.flat[len(results):]:
+        axis.set_visible(False)
+    for axis, (name, found) in zip(axes.flat, results):
+        lengths, depths = (sorted({f[i] for f in found}) for i in (0, 1))
+        share = {f[:2]: 100 * f.digits_right for f in found}
+        image = heat_map(axis, [[share[n, d] for n in lengths] for d in depths], 100, "{:.0f}",
+                         x=[short(n) for n in lengths], y=[f"{d:.0%}" for d in depths])
+        axis.set_title(name, fontsize=9)
+    figure.supxlabel("length of the input (tokens)")
+    figure.supylabel("depth of the key")
+    figure.colorbar(image, ax=axes, label="digits right (%)")
     figure.savefig(path, dpi=150)
 
 
@@ -424,7 +427,7 @@ def parse_arguments():
     parser.add_argument("--training", type=names_of(ROWS), default="local,zero-shot,plain,fast-forward",
                         help=f"of {', '.join(ROWS)}; what they are: top of passkey.py (default: %(default)s)")
     parser.add_argument("--steps", type=whole(1),
-                        help="training steps (default: 4800; plain then has 1600 more, fast-forward 800)")
+                        help="steps of every stage of training (default: 4800, of fine-tuning 1600)")
     parser.add_argument("--digits", type=whole(3, 9), default=4, help="digits of a key (default: %(default)s)")
     parser.add_argument("--text", type=names_of(TEXTS), default="paper",
                         help=f"texts to look in, of {', '.join(TEXTS)}, or all (default: %(default)s)")
@@ -467,31 +470,37 @@ def table(args, rules):
     if path.is_dir() or not path.parent.is_dir():
         raise ValueError(f"--csv was {path}, must be a file in a folder that exists")
     models = [load_for_table(path, args.device) for path in args.load or train_all(args, rules)]
-    results, depths = [], "/".join(f"{depth:.0%}" for depth in args.depths)
-    print(f"\nDigits right in %, key at {depths} of the hay, {args.keys} held-out keys a cell")
+    results, depths = [], "/".join(f"{depth:.0%}" for depth in args.depths) + ", the lowest" * (len(args.depths) > 3)
+    print(f"\nDigits right in %, key at {depths} of the hay, {args.keys} held-out keys a cell, half as many beyond 32K")
     print_row("training, rule, seed", [short(n) for n in args.lengths])
     with open(path, "w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["training", "rule", "seed", "text", *Found._fields])
-        for model, who in models:
-            for text in args.text:
-                hay, needle, digits = TEXTS[text]
-                keys = draw_keys(random.Random(f"evaluation {args.eval_seed}"), args.keys, digits or args.digits, True)
-                found = []
-                for cell in find(model, [one_key(key, needle) for key in keys], args.lengths, args.depths, hay):
+        for (model, who), text in itertools.product(models, args.text):
+            hay, needle, digits = TEXTS[text]
+            keys = draw_keys(random.Random(f"evaluation {args.eval_seed}"), args.keys, digits or args.digits, True)
+            tasks, found = [one_key(key, needle) for key in keys], []
+            for asked, lengths in ((tasks, [n for n in args.lengths if n <= 2 ** 15]),
+                                   (tasks[::2], [n for n in args.lengths if n > 2 ** 15])):
+                for cell in find(model, asked, lengths, args.depths, hay):
                     found.append(cell)
                     rows.writerow([*who, text, *cell])
                     file.flush()
-                name = " ".join(map(str, who)) + (f" {text}" if text != "paper" else "")
-                paper = PAPER.get(who[:2], "") if text == "paper" and args.depths == [0, 0.5, 1] else ""
-                print_found(name, found, args.lengths, dict(zip(PAPER_LENGTHS, paper.split())))
-                results.append((name, found))
+            name = " ".join(map(str, who)) + (f" {text}" if text != "paper" else "")
+            paper = PAPER.get(who[:2], "") if text == "paper" and args.depths == [0, 0.5, 1] else ""
+            print_found(name, found, args.lengths, dict(zip(PAPER_LENGTHS, paper.split())))
+            results.append((name, found))
     draw(results, args.out / "passkey.png")
 
 
 def needle_shares(model, task, lengths):
-    """How much of what the memory answers to the question comes from the needle, at the start of longer and longer hay:
-    the share of its tokens' sigma(k) in sigma(q) z, at the question's last token. Yields n, (n_layers, n_heads)."""
+    """How much of what the memory answers to the question comes from the needle, at the start of longer and longer hay.
+
+    That is the share of its tokens' sigma(k) in sigma(q) z, at the question's last token. (Under the delta rule M is
+    no plain sum: there it is the share of the normaliser only.) Yields n and the shares, (n_layers, n_heads).
+    """
+    if min(lengths) < 128:
+        raise ValueError(f"lengths was {min(lengths)}, must be 128 or more: the needle must have entered the memory")
     heard = []
     hooks = [block.attention.register_forward_pre_hook(lambda layer, inputs: heard.append(layer.project(inputs[0])))
              for block in model.blocks]
@@ -518,21 +527,24 @@ def needle_shares(model, task, lengths):
 
 
 def dilution(args, rules):
-    """Why keys are lost: the needle's share of what the memory answers, in the head where it is largest."""
+    """Why keys are lost: the needle's share of what the memory answers, in the head where it is largest at first."""
     models, curves = [load_for_table(path, args.device) for path in args.load or train_all(args, rules)], {}
     print_row("Needle's share in %", [short(n) for n in sorted(args.lengths)])
     for model, who in models:
         if model.config.attention == "local":
             continue
-        task, name = one_key("1" * args.digits), " ".join(map(str, who))
-        shares = [100 * share.max().item() for _, share in needle_shares(model, task, args.lengths)]
+        shares = torch.stack([share.flatten() for _, share in needle_shares(model, one_key("9054"), args.lengths)])
+        shares, name = (100 * shares[:, shares[0].argmax()]).tolist(), " ".join(map(str, who))
         print_row(name, [f"{share:.2g}" for share in shares])
         curves[name] = sorted(args.lengths), shares
-    draw_lines(curves, args.out / "dilution.png", xlabel="tokens of hay behind the needle", ylabel="needle's share (%)")
+    draw_lines(curves, args.out / "dilution.png", xlabel="tokens in the input, the needle first",
+               ylabel="needle's share (%)")
 
 
 def capacity(args, rules):
     """Several named keys in one input, one of them asked for: how many does a memory of which size hold?"""
+    if args.load:
+        raise ValueError("--load was given, must be absent for capacity: it trains models of its own")
     numbers, curves = [2 ** i for i in range(6)], {}
     print_row("Digits right in %, keys:", numbers)
     for d_key in (16, 32, 64):

@@ -79,7 +79,8 @@ def train(model, loss_of, steps, path, lr, gate_lr, weight_decay=0.0, warmup=50,
     if resume and Path(path).exists():
         found = read_checkpoint(path)
         made, wanted = ({**c, **s} for c, s in ((found["config"], found["settings"]), (asdict(model.config), settings)))
-        differing = [f"{name} = {made.get(name)!r}" for name in wanted if made.get(name) != wanted[name]]
+        differing = [f"{name} = {made.get(name)!r}" if name != "begin" else "other starting weights"
+                     for name in wanted if made.get(name) != wanted[name]]
         if differing:
             raise ValueError(f"{path} was of another training ({', '.join(differing)}), must be of this one to resume")
         model.load_state_dict(found["model"])
@@ -102,11 +103,12 @@ def train(model, loss_of, steps, path, lr, gate_lr, weight_decay=0.0, warmup=50,
                 group["lr"] = group["peak"] * schedule(step, steps, warmup)
             loss, n_tokens, shown = loss_of(model, step)
             value = loss.item()
-            if not math.isfinite(value):
-                raise ValueError(f"loss was {value} at step {step + 1}, must be finite; {path} is as last saved")
             optimizer.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item()
+            if not math.isfinite(value + norm):    # before the step, so that no such weights are ever saved
+                progress.close()
+                raise ValueError(f"loss was {value}, its gradient {norm} at step {step + 1}, must both be finite")
             optimizer.step()
             losses.append(value)
             if model.config.attention == "infini" and (step + 1) % math.ceil(steps / 100) == 0:
@@ -130,10 +132,10 @@ class Progress:
 
     def __init__(self, done, total, unit="steps"):
         self.first, self.total, self.unit, self.tokens, self.recent = done, total, unit, 0, deque(maxlen=20)
-        self.start, self.last, self.terminal = time.monotonic(), -math.inf, sys.stderr.isatty()
+        self.start, self.last, self.terminal = time.perf_counter(), -math.inf, sys.stderr.isatty()
 
     def show(self, done, n_tokens, numbers={}):
-        now, self.tokens = time.monotonic(), self.tokens + n_tokens
+        now, self.tokens = time.perf_counter(), self.tokens + n_tokens
         self.recent.append(numbers)
         if now - self.last < (0.2 if self.terminal else 5) and done < self.total:
             return
@@ -169,7 +171,7 @@ def interrupts():
         if event.is_set():
             raise KeyboardInterrupt("stopped at once; the last checkpoint is whole")
         event.set()
-        print("\nfinishing this step, then saving; Ctrl-C again stops at once", file=sys.stderr)
+        os.write(2, b"\nfinishing this step, then saving; Ctrl-C again stops at once\n")    # print may be under way
     before = signal.signal(signal.SIGINT, handler)
     try:
         yield event
@@ -258,35 +260,27 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def whole(low, high=2 ** 31):
-    """An argument type: whole numbers from low to high."""
-    def parse(text):
-        try:
-            value = int(text.replace(",", "").replace("_", ""))
-        except ValueError:
-            value = None
-        if value is None or not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"was {text!r}, must be a whole number from {low:,} to {high:,}")
-        return value
-    return parse
-
-
-def real(low=-math.inf, high=math.inf):
+def number(low, high, kind=float):
     """An argument type: numbers from low to high."""
     def parse(text):
         try:
-            value = float(text)
+            value = kind(text.replace(",", ""))
         except ValueError:
             value = math.nan
         if not (low <= value <= high and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"was {text!r}, must be a number from {low:g} to {high:g}")
+            what = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"was {text!r}, must be a {what} from {low:,} to {high:,}")
         return value
     return parse
+
+
+def whole(low, high=2 ** 31):
+    return number(low, high, int)
 
 
 def several(parse):
     """An argument type: values separated by commas."""
-    return lambda text: [parse(part) for part in text.replace(",", " ").split()] or parse(text)
+    return lambda text: list(dict.fromkeys(map(parse, text.replace(",", " ").split()))) or parse(text)
 
 
 def add_common_arguments(parser):
@@ -305,7 +299,7 @@ def prepare(args):
     torch.manual_seed(args.seed)
     try:
         torch.zeros(1, device=args.device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise ValueError(f"--device was {args.device!r}, must be a device of this machine, such as cpu") from error
     args.out.mkdir(parents=True, exist_ok=True)
 
@@ -331,26 +325,24 @@ def read_documents(path=None):
     Raises ValueError on a file that is no text or a folder without files, OSError on what can't be read.
     """
     root = Path(path or sysconfig.get_paths()["stdlib"])
-    if path:
-        files = [root] if root.is_file() else sorted(file for file in root.rglob("*") if file.is_file())
-        if not root.exists():
-            raise ValueError(f"--data was {path}, must be a file or a folder that exists")
-    else:
-        left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "topics.py"}
-        files = sorted(file for file in root.rglob("*.py") if not left_out & set(file.relative_to(root).parts))
+    left_out = set() if path else {"test", "tests", "idle_test", "site-packages", "dist-packages", "topics.py"}
+    files = [root] if root.is_file() else sorted(root.rglob("*" if path else "*.py"))
     documents = []
     for file in files:
-        data = file.read_bytes()
-        if b"\0" in data:
-            raise ValueError(f"--data was binary at {file}, must be text")
-        documents.append(torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0))
-    if not any(map(len, documents)):
+        if file.is_file() and not left_out & set(file.relative_to(root).parts):
+            data = file.read_bytes()
+            if b"\0" in data:
+                raise ValueError(f"--data was binary at {file}, must be text")
+            if data:
+                documents.append(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    if not documents:
         raise ValueError(f"--data was without any text at {root}, must be a text file or a folder of them")
     if len(documents) == 1:
         tenth = len(documents[0]) // 10
         return [documents[0][:-tenth]], [documents[0][-tenth:]]
     random.Random(0).shuffle(documents)
-    return documents[len(documents) // 10:], documents[:len(documents) // 10]
+    held_out = max(1, len(documents) // 10)
+    return documents[held_out:], documents[:held_out]
 
 
 def draw_sequences(documents, batch, length, rng):
@@ -419,7 +411,6 @@ def numbers_in(state):
     return sum(part.numel() for s in state for part in (*(s.memory or ()), s.k, s.v))
 
 
-
 def train_lm(args, kind, model=None, **changes):
     """Train a model of a kind, from the start or onwards. changes: to args. Returns it, ready to be evaluated."""
     args = argparse.Namespace(**{**vars(args), **changes})
@@ -432,7 +423,8 @@ def train_lm(args, kind, model=None, **changes):
     if args.compile:
         model.compile()
     loss_of = lm_loss(args.documents[0], args.seed, args.batch, length, args.device)
-    settings = dict(kind=kind, seed=args.seed, batch=args.batch, length=length, data=str(args.data))
+    settings = dict(kind=kind, seed=args.seed, batch=args.batch, length=length, data=str(args.data),
+                    n_bytes=sum(map(len, args.documents[0])))
     train(model, loss_of, args.steps, args.out / f"{name}.pt", args.lr, args.gate_lr, args.weight_decay,
           resume=args.resume, settings=settings)
     return model.eval()
@@ -440,8 +432,9 @@ def train_lm(args, kind, model=None, **changes):
 
 def train_command(args):
     """Train one model, and say what it is worth on documents that it has not seen."""
-    model, length = train_lm(args, args.kind), args.segments * args.segment_len
+    length = args.segments * args.segment_len
     tokens = windows(args.documents[1], length + 1, args.windows)
+    model = train_lm(args, args.kind)
     print(f"{bits(model, tokens).mean():.4f} bits per byte on {len(tokens)} held-out pieces of {length:,} bytes")
     if model.config.attention == "infini":
         print(f"{bits(model, tokens, forget=True).mean():.4f} if its memory is emptied before each segment")
@@ -464,7 +457,7 @@ def compare(args):
         rows.writerow(["kind", "seed", "segment", "bits_per_byte"])
         for seed in range(args.seed, args.seed + args.seeds):
             for kind in KINDS:
-                model = train_lm(args, kind, seed=seed)
+                model = train_lm(args, kind, seed=seed, name=f"{args.name}-{kind}" if args.name else kind)
                 seen = tokens[:, :length + 1] if kind == "full" else tokens    # it knows no positions beyond training
                 cost = bits(model, seen).unflatten(1, (-1, args.segment_len)).mean((0, 2))    # by segment
                 rows.writerows([kind, seed, i + 1, cost_i] for i, cost_i in enumerate(cost.tolist()))
@@ -506,6 +499,8 @@ def lengths(args):
 
 def gates(args):
     """Figure 3: where the gates end and how they get there, with a learning rate of their own and with everyone's."""
+    if "update" not in KINDS[args.kind]:
+        raise ValueError(f"--kind was {args.kind!r}, must be linear or delta to have gates")
     figure, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained")
     for column, gate_lr in zip(axes.T, (args.gate_lr, args.lr)):
         model = train_lm(args, args.kind, gate_lr=gate_lr, name=f"{args.kind}-gates-{gate_lr:g}")
@@ -513,7 +508,7 @@ def gates(args):
         print_gates(model)
         for layer, heads in enumerate(path.permute(1, 2, 0)):
             for head in heads:
-                column[1].plot(torch.linspace(0, args.steps, len(head)), head, color=f"C{layer}")
+                column[1].plot(math.ceil(args.steps / 100) * torch.arange(1, len(head) + 1), head, color=f"C{layer}")
         n_layers, n_heads = model.gates().shape
         image = heat_map(column[0], model.gates().tolist(), 1, "{:.2f}", range(1, n_heads + 1), range(1, n_layers + 1))
         column[0].set(title=f"learning rate of the gates {gate_lr:g}", xlabel="head", ylabel="layer")
@@ -537,7 +532,10 @@ def plug(args):
 
 def sample(args):
     """Continue a text, byte by byte, each as soon as it is there, at a cost that does not grow."""
-    model, settings = load_model(args.load, args.device)
+    if args.load is None:
+        raise ValueError("--load was missing, must be a checkpoint to sample from")
+    sys.stdout.reconfigure(errors="replace")    # for terminals that can't show every character
+    model, _ = load_model(args.load, args.device)
     text, decoder = args.prompt.encode(), codecs.getincrementaldecoder("utf-8")(errors="replace")
     print(args.prompt, end="", flush=True)
     generate(model, torch.tensor([list(text)], device=args.device), args.bytes, args.temperature, args.top_p,
@@ -551,21 +549,23 @@ COMMANDS = dict(train=train_command, compare=compare, lengths=lengths, gates=gat
 
 def parse_arguments():
     parser = Parser(description="Train byte-level language models with and without memory on real text.",
-                    epilog="Every field of InfiniConfig in infini.py is an option too: --d-model 256 --checkpoint ...")
+                    epilog="The sizes in InfiniConfig (infini.py) are options too: --d-model 256 --checkpoint ...")
     parser.add_argument("what", nargs="?", choices=COMMANDS, default="train", metavar="COMMAND",
                         help=" ".join(f"{name}: {what.__doc__.splitlines()[0]}" for name, what in COMMANDS.items()))
     add_common_arguments(parser)
     for name, kind, default, text in [
             ("data", Path, None, "a text file, or a folder with a document per file (default: the standard library)"),
             ("steps", whole(1), 3000, "training steps"), ("batch", whole(1), 4, "sequences per step"),
-            ("segments", whole(1), 16, "segments per sequence"), ("lr", real(0), 2e-3, "learning rate"),
-            ("gate-lr", real(0), 2e-2, "learning rate of the gates"), ("weight-decay", real(0), 0.0, "of the matrices"),
+            ("segments", whole(1), 16, "segments per sequence"), ("lr", number(0, 1), 2e-3, "learning rate"),
+            ("gate-lr", number(0, 1), 2e-2, "learning rate of the gates"),
+            ("weight-decay", number(0, 1), 0.0, "of the matrices"),
             ("windows", whole(1), 100, "held-out pieces to evaluate on"), ("seeds", whole(1), 3, "seeds, for compare"),
             ("lengths", several(whole(1)), "2,4,16,64", "segments per sequence, for lengths"),
-            ("plug-gate", real(), -4.0, "beta of a memory that is plugged in"),
+            ("plug-gate", number(-100, 100), -4.0, "beta of a memory that is plugged in"),
             ("load", Path, None, "checkpoint to sample from"), ("prompt", str, "def main():\n", "text to continue"),
-            ("bytes", whole(1), 500, "to write"), ("temperature", real(0), 0.8, "of samples; 0: the likeliest byte"),
-            ("top-p", real(0, 1), 0.95, "sample from the likeliest bytes that together have this probability"),
+            ("bytes", whole(1), 500, "to write"),
+            ("temperature", number(0, 100), 0.8, "of samples; 0: the likeliest byte"),
+            ("top-p", number(0, 1), 0.95, "sample from the likeliest bytes that together have this probability"),
             ("name", str, None, "of the checkpoint: OUT/lm-NAME-seedSEED.pt (default: the kind)")]:
         shown = "" if default is None else " (default: %(default)s)" if name != "prompt" else ""
         parser.add_argument(f"--{name}", type=kind, default=default, help=text + shown)
