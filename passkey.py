@@ -34,8 +34,8 @@ import torch
 import torch.nn.functional as F
 
 from infini import InfiniConfig, InfiniTransformer, Memory, State, generate, retrieve, sigma, stream
-from train import (Parser, Progress, add_common_arguments, draw_lines, heat_map, load_model, panels, peak_memory,
-                   prepare, run, several, train, whole)
+from train import (Parser, Progress, add_common_arguments, add_options, draw_lines, heat_map, load_model, panels,
+                   peak_memory, prepare, run, several, train, whole)
 
 INTRO = ("There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
          "I will quiz you about the important information there.")
@@ -53,6 +53,7 @@ SHORTEST = 64    # tokens of a training input, at least
 TRAININGS = {    # steps, tokens in the longest input, tokens in a step
     "local": (4800, 256, 1024), "one-rate": (4800, 256, 1024), "zero-shot": (4800, 256, 1024),
     "plain": (1600, 5000, 5000), "fast-forward": (1600, 1024, 2048), "named": (4800, None, 1024)}
+TUNED = ("plain", "fast-forward")    # these go on where zero-shot ended
 ROWS = [training for training in TRAININGS if training != "named"]    # of the table
 
 PAPER_LENGTHS = [2 ** 15, 2 ** 17, 2 ** 18, 2 ** 19, 2 ** 20]
@@ -175,15 +176,12 @@ def whole_input_loss(model, rng, tasks, total):
     return loss, inputs.numel(), shown
 
 
-def plain_loss(seed, digits, longest, tokens_per_step, grow):
+def plain_loss(model, rng, digits, longest, tokens_per_step, grown):
     """Loss on whole inputs, as in the paper: random keys, depths, and lengths, these from a range that may grow."""
-    def loss_of(model, step):
-        rng = random.Random(f"{seed}/{step}")
-        n_tokens = SHORTEST * (longest / SHORTEST) ** (grow(step) * rng.random())    # log-uniform
-        total = paragraphs(n_tokens, one_key("0" * digits))                          # so that 1 is the most frequent
-        tasks = training_tasks(rng, max(1, tokens_per_step // (SHORTEST + PARAGRAPH * total)), digits)
-        return whole_input_loss(model, rng, tasks, total)
-    return loss_of
+    n_tokens = SHORTEST * (longest / SHORTEST) ** (grown * rng.random())         # log-uniform
+    total = paragraphs(n_tokens, one_key("0" * digits))                          # so that 1 is the most frequent
+    tasks = training_tasks(rng, max(1, tokens_per_step // (SHORTEST + PARAGRAPH * total)), digits)
+    return whole_input_loss(model, rng, tasks, total)
 
 
 def leaps(periods, growth=3):
@@ -209,31 +207,24 @@ def fast_forward(model, state, periods, write):
     return state
 
 
-def fast_forward_loss(seed, digits, longest, tokens_per_step, grow, most=1_200_000, rows=6):
-    """plain_loss in every other step; in between, loss on inputs with up to `most` tokens of fast-forwarded hay.
+def fast_forward_loss(model, rng, digits, most=1_200_000, rows=6, **_):
+    """Loss on inputs with up to `most` tokens of fast-forwarded hay before the needle, behind it, or both.
 
-    It lies before the needle, behind it, or both; up to 3 paragraphs more shift everything against segments' borders.
+    Up to 3 paragraphs more shift everything against the segments' borders.
     """
-    plain = plain_loss(seed, digits, longest, tokens_per_step, grow)
-
-    def loss_of(model, step):
-        if step % 2 == 0:
-            return plain(model, step)
-        rng, device = random.Random(f"{seed}/{step}"), model.embedding.weight.device
-        tasks = training_tasks(rng, rows, digits)
-        write = partial(training_hay, rng)
-        before, after = (int(10 * (most / PARAGRAPH / 4 / 10) ** rng.random()) for _ in range(2))    # log-uniform
-        before, after = rng.choice([(before, 0), (0, after), (before, after)])
-        shift = [write(rng.randint(0, 3)) for _ in range(3)]
-        needles = torch.stack([torch.cat([encode(task.needle), shift[1]]) for task in tasks])
-        ends = torch.stack([torch.cat([shift[2], encode(task.question), encode(task.answer)]) for task in tasks])
-        _, state = model(torch.cat([encode(INTRO), shift[0]])[None].to(device))
-        _, state = model(needles.to(device), copies(fast_forward(model, state, before, write), rows))
-        logits, _ = model(ends[:, :-1].to(device), fast_forward(model, state, after, write))
-        loss, shown = answer_loss(logits, tasks)
-        read = 4 * PARAGRAPH * (len(leaps(before)) + rows * len(leaps(after))) + needles.numel() + ends.numel()
-        return loss, read, shown
-    return loss_of
+    tasks, device = training_tasks(rng, rows, digits), model.embedding.weight.device
+    write = partial(training_hay, rng)
+    before, after = (int(10 * (most / PARAGRAPH / 4 / 10) ** rng.random()) for _ in range(2))    # log-uniform
+    before, after = rng.choice([(before, 0), (0, after), (before, after)])
+    shift = [write(rng.randint(0, 3)) for _ in range(3)]
+    needles = torch.stack([torch.cat([encode(task.needle), shift[1]]) for task in tasks])
+    ends = torch.stack([torch.cat([shift[2], encode(task.question), encode(task.answer)]) for task in tasks])
+    _, state = model(torch.cat([encode(INTRO), shift[0]])[None].to(device))
+    _, state = model(needles.to(device), copies(fast_forward(model, state, before, write), rows))
+    logits, _ = model(ends[:, :-1].to(device), fast_forward(model, state, after, write))
+    loss, shown = answer_loss(logits, tasks)
+    read = 4 * PARAGRAPH * (len(leaps(before)) + rows * len(leaps(after))) + needles.numel() + ends.numel()
+    return loss, read, shown
 
 
 def named_tasks(rng, rows, n_keys, digits, held_out):
@@ -247,22 +238,31 @@ def named_tasks(rng, rows, n_keys, digits, held_out):
     return tasks
 
 
-def named_loss(seed, digits, longest, tokens_per_step, grow):
+def named_loss(model, rng, digits, tokens_per_step, grown, **_):
     """Loss on whole inputs with little hay and up to 32 named keys."""
+    n_keys, total = int(len(NAMES) ** (grown * rng.random())), rng.randint(0, 4)
+    rows = max(1, tokens_per_step // (SHORTEST + 11 * n_keys + PARAGRAPH * total))
+    return whole_input_loss(model, rng, named_tasks(rng, rows, n_keys, digits, held_out=False), total)
+
+
+LOSSES = {"fast-forward": (plain_loss, fast_forward_loss), "named": (named_loss,)}    # in turn; else plain_loss
+
+
+def loss_function(training, seed, digits, steps):
+    """The loss_of(model, step) of a way of training. Inputs grow in its first 30%, unless it is fine-tuning."""
+    _, longest, tokens_per_step = TRAININGS[training]
+    losses, tuned = LOSSES.get(training, (plain_loss,)), training in TUNED
+
     def loss_of(model, step):
-        rng = random.Random(f"{seed}/{step}")
-        n_keys, total = int(len(NAMES) ** (grow(step) * rng.random())), rng.randint(0, 4)
-        rows = max(1, tokens_per_step // (SHORTEST + 11 * n_keys + PARAGRAPH * total))
-        return whole_input_loss(model, rng, named_tasks(rng, rows, n_keys, digits, held_out=False), total)
+        rng = random.Random(f"{seed} tuned/{step}" if tuned else f"{seed}/{step}")
+        return losses[step % len(losses)](model, rng, digits, longest=longest, tokens_per_step=tokens_per_step,
+                                          grown=1.0 if tuned else min(1, step / steps / 0.3))
     return loss_of
 
 
 def train_one(args, training, start=None, **config):
     """Train one model, from the checkpoint `start` if it is fine-tuned. Returns its checkpoint's path."""
-    steps, longest, tokens_per_step = TRAININGS[training]
-    steps, seed = args.steps or steps, f"{args.seed} tuned" if start else args.seed
-    grow = (lambda step: 1.0) if start else (lambda step: min(1, step / steps / 0.3))
-    loss = {"fast-forward": fast_forward_loss, "named": named_loss}.get(training, plain_loss)
+    steps = args.steps or TRAININGS[training][0]
     rates = dict(lr=2e-3 if start else 4e-3, gate_lr=1e-2)
     if training == "local":
         config["attention"] = "local"
@@ -274,7 +274,7 @@ def train_one(args, training, start=None, **config):
     name = "-".join(["passkey", training, *kind, f"seed{args.seed}"])
     print(f"{name}: {steps} steps, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     settings = dict(training=training, seed=args.seed, digits=args.digits)
-    train(model.to(args.device), loss(seed, args.digits, longest, tokens_per_step, grow), steps,
+    train(model.to(args.device), loss_function(training, args.seed, args.digits, steps), steps,
           args.out / f"{name}.pt", **rates, resume=args.resume, settings=settings)
     return args.out / f"{name}.pt"
 
@@ -316,25 +316,24 @@ def find(model, tasks, lengths, depths, hay="paper"):
     most = dict(sorted(cells))    # paragraphs before the needle -> the most that are behind it
     progress = Progress(0, PARAGRAPH * (max(most) + B * sum(most.values())) + 1, "tokens read")
 
-    def read(state, begin, end, side):
+    def read(state, n, rng):
         batch = state[0].k.shape[0]
         at_once = max(4, 80 // batch)                                         # never more than some 2,000 tokens
-        for i in range(begin, end, at_once):
-            hay_now = [write_hay(hay, 1, random.Random(f"{side} {j}")) for j in range(i, min(i + at_once, end))]
-            text = torch.cat(hay_now).expand(batch, -1).to(device)
+        for i in range(0, n, at_once):
+            text = write_hay(hay, min(at_once, n - i), rng).expand(batch, -1).to(device)
             _, state = stream(model, text, state)
             progress.show(progress.tokens + text.numel(), text.numel())
         return state
 
     _, prefix = stream(model, encode(INTRO)[None].to(device))
-    reached = -1
+    reached, rng_before = -1, random.Random("before")
     for before, behind in sorted(cells):
         if before > reached:
-            prefix = read(prefix, max(0, reached), before, "before")
+            prefix = read(prefix, before - max(0, reached), rng_before)
             _, state = stream(model, needles, copies(prefix, B))
-            reached, passed = before, 0
+            reached, passed, rng_behind = before, 0, random.Random("behind")
         start, tokens = time.perf_counter(), progress.tokens
-        state, passed = read(state, passed, behind, "behind"), behind
+        state, passed = read(state, behind - passed, rng_behind), behind
         seconds, tokens = time.perf_counter() - start, progress.tokens - tokens
         written = generate(model, questions, answers.shape[1], temperature=0, state=state)
         right = written[:, questions.shape[1]:] == answers
@@ -424,19 +423,16 @@ def parse_arguments():
     add_common_arguments(parser)
     parser.add_argument("--rule", choices=["linear", "delta", "both"], default="both",
                         help="update rule of the memory: Eq. 8, Eq. 9, or one model for each (default: %(default)s)")
-    parser.add_argument("--training", type=names_of(ROWS), default="local,zero-shot,plain,fast-forward",
-                        help=f"of {', '.join(ROWS)}; what they are: top of passkey.py (default: %(default)s)")
-    parser.add_argument("--steps", type=whole(1),
-                        help="steps of every stage of training (default: 4800, of fine-tuning 1600)")
-    parser.add_argument("--digits", type=whole(3, 9), default=4, help="digits of a key (default: %(default)s)")
-    parser.add_argument("--text", type=names_of(TEXTS), default="paper",
-                        help=f"texts to look in, of {', '.join(TEXTS)}, or all (default: %(default)s)")
-    parser.add_argument("--lengths", type=several(tokens), default="1K,32K,128K,256K,512K,1M",
-                        help="lengths of the texts, in tokens; 1K is 1024, 1M is 1024K (default: %(default)s)")
-    parser.add_argument("--depths", type=several(percent), default="0,50,100",
-                        help="where the key is, in %% of the hay (default: %(default)s)")
-    parser.add_argument("--keys", type=whole(1, 500), default=20, help="keys per cell (default: %(default)s)")
-    parser.add_argument("--eval-seed", type=whole(0), default=1234, help="draws those keys (default: %(default)s)")
+    add_options(parser, [
+        ("training", names_of(ROWS), "local,zero-shot,plain,fast-forward",
+         f"of {', '.join(ROWS)}; what they are: top of passkey.py"),
+        ("steps", whole(1), None, "steps of every stage of training (default: 4800, of fine-tuning 1600)"),
+        ("digits", whole(3, 9), 4, "digits of a key"),
+        ("text", names_of(TEXTS), "paper", f"texts to look in, of {', '.join(TEXTS)}, or all"),
+        ("lengths", several(tokens), "1K,32K,128K,256K,512K,1M",
+         "lengths of the texts, in tokens; 1K is 1024, 1M is 1024K"),
+        ("depths", several(percent), "0,50,100", "where the key is, in %% of the hay"),
+        ("keys", whole(1, 500), 20, "keys per cell"), ("eval-seed", whole(0), 1234, "draws those keys")])
     parser.add_argument("--load", type=Path, nargs="+", metavar="FILE", help="don't train: evaluate these checkpoints")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="the table for a program (default: OUT/passkey.csv)")
     return parser.parse_args()
@@ -448,7 +444,7 @@ def train_all(args, rules):
 
     def make(training, rule):
         if (training, rule) not in made:
-            start = make("zero-shot", rule) if training in ("plain", "fast-forward") else None
+            start = make("zero-shot", rule) if training in TUNED else None
             made[training, rule] = train_one(args, training, start, **(dict(update=rule) if rule else {}))
         return made[training, rule]
     return list(dict.fromkeys(make(training, None if training == "local" else rule)
@@ -493,6 +489,7 @@ def table(args, rules):
     draw(results, args.out / "passkey.png")
 
 
+@torch.no_grad()
 def needle_shares(model, task, lengths):
     """How much of what the memory answers to the question comes from the needle, at the start of longer and longer hay.
 
@@ -501,26 +498,24 @@ def needle_shares(model, task, lengths):
     """
     if min(lengths) < 128:
         raise ValueError(f"lengths was {min(lengths)}, must be 128 or more: the needle must have entered the memory")
-    heard = []
-    hooks = [block.attention.register_forward_pre_hook(lambda layer, inputs: heard.append(layer.project(inputs[0])))
+    heard = {}    # layer -> what it was given in the last call
+    hooks = [block.attention.register_forward_pre_hook(lambda layer, inputs: heard.update({layer: inputs[0]}))
              for block in model.blocks]
 
     def hear(text, state):
-        heard.clear()
-        _, state = stream(model, text[None].to(model.embedding.weight.device), state)
-        return state
+        return stream(model, text[None].to(model.embedding.weight.device), state)[1]
     try:
         state, question = hear(encode(task.needle), hear(encode(INTRO), None)), encode(task.question)
-        needle = [sigma(k).sum(2) for _, k, _ in heard]                       # (1, H, d_key) for each layer
+        needle = [sigma(layer.project(x)[1]).sum(2) for layer, x in heard.items()]    # (1, H, d_key) for each layer
         passed = 0
         for n in sorted(lengths):
             total = paragraphs(n, task)
-            for first in range(passed, total, 80):
-                state = hear(encode(HAY).repeat(min(80, total - first)), state)
-            passed, before = total, hear(question[:-1], state)
+            if total > passed:
+                state, passed = hear(encode(HAY).repeat(total - passed), state), total
+            before = hear(question[:-1], state)
             hear(question[-1:], before)
-            yield n, torch.stack([retrieve(q, Memory(k.unsqueeze(-1), s.memory.z))[0, :, 0, 0]
-                                  for (q, _, _), k, s in zip(heard, needle, before)])
+            yield n, torch.stack([retrieve(layer.project(x)[0], Memory(k.unsqueeze(-1), s.memory.z))[0, :, 0, 0]
+                                  for (layer, x), k, s in zip(heard.items(), needle, before)])
     finally:
         for hook in hooks:
             hook.remove()

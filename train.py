@@ -283,9 +283,16 @@ def several(parse):
     return lambda text: list(dict.fromkeys(map(parse, text.replace(",", " ").split()))) or parse(text)
 
 
+def add_options(parser, options):
+    """options: (name, type, default, help) of each. The help is told to end in the default, if there is one."""
+    for name, kind, default, text in options:
+        text += "" if default is None else " (default: %(default)s)"
+        parser.add_argument(f"--{name}", type=kind, default=default, help=text)
+
+
 def add_common_arguments(parser):
-    parser.add_argument("--seed", type=whole(0), default=0, help="of weights and training data (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or mps (default: %(default)s)")
+    add_options(parser, [("seed", whole(0), 0, "of weights and training data"),
+                         ("device", str, "cpu", "cpu, cuda or mps")])
     parser.add_argument("--threads", type=whole(1, 1024), default=os.cpu_count() or 1,
                         help="CPU cores to use (default: all, here %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("out"), metavar="FOLDER",
@@ -412,30 +419,39 @@ def numbers_in(state):
 
 
 def train_lm(args, kind, model=None, **changes):
-    """Train a model of a kind, from the start or onwards. changes: to args. Returns it, ready to be evaluated."""
+    """Train a model of a kind, from the start or onwards. changes: to args. Returns it and its checkpoint's path."""
     args = argparse.Namespace(**{**vars(args), **changes})
     torch.manual_seed(args.seed)
     sizes = {field.name: getattr(args, field.name) for field in fields(InfiniConfig) if hasattr(args, field.name)}
     model = (model or InfiniTransformer(InfiniConfig(**{**sizes, **KINDS[kind]}))).to(args.device)
-    length, name = args.segments * args.segment_len, f"lm-{args.name or kind}-seed{args.seed}"
-    print(f"{name}: {args.steps} steps of {args.batch} x {length:,} bytes, "
+    length, path = args.segments * args.segment_len, args.out / f"lm-{args.name or kind}-seed{args.seed}.pt"
+    print(f"{path.stem}: {args.steps} steps of {args.batch} x {length:,} bytes, "
           f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     if args.compile:
         model.compile()
     loss_of = lm_loss(args.documents[0], args.seed, args.batch, length, args.device)
     settings = dict(kind=kind, seed=args.seed, batch=args.batch, length=length, data=str(args.data),
                     n_bytes=sum(map(len, args.documents[0])))
-    train(model, loss_of, args.steps, args.out / f"{name}.pt", args.lr, args.gate_lr, args.weight_decay,
+    train(model, loss_of, args.steps, path, args.lr, args.gate_lr, args.weight_decay,
           resume=args.resume, settings=settings)
-    return model.eval()
+    return model.eval(), path
+
+
+def held_out(args, segments):
+    """Pieces of `segments` segments (and one byte) that no model was trained on: (n, T + 1)."""
+    return windows(args.documents[1], segments * args.segment_len + 1, args.windows)
+
+
+def bits_by_segment(model, tokens):
+    return bits(model, tokens).unflatten(1, (-1, model.config.segment_len)).mean((0, 2))
 
 
 def train_command(args):
     """Train one model, and say what it is worth on documents that it has not seen."""
-    length = args.segments * args.segment_len
-    tokens = windows(args.documents[1], length + 1, args.windows)
-    model = train_lm(args, args.kind)
-    print(f"{bits(model, tokens).mean():.4f} bits per byte on {len(tokens)} held-out pieces of {length:,} bytes")
+    tokens = held_out(args, args.segments)
+    model, _ = train_lm(args, args.kind)
+    print(f"{bits(model, tokens).mean():.4f} bits per byte on {len(tokens)} held-out pieces "
+          f"of {tokens.shape[1] - 1:,} bytes")
     if model.config.attention == "infini":
         print(f"{bits(model, tokens, forget=True).mean():.4f} if its memory is emptied before each segment")
         print_gates(model)
@@ -450,16 +466,16 @@ def print_gates(model):
 def compare(args):
     """Our Table 2: every kind of model on the same bytes, three seeds; what it costs to forget; loss by position."""
     length = args.segments * args.segment_len
-    tokens = windows(args.documents[1], 4 * length + 1, args.windows)
+    tokens = held_out(args, 4 * args.segments)
     costs, forgot, stored = {}, {}, {}
     with open(args.out / "compare.csv", "w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["kind", "seed", "segment", "bits_per_byte"])
         for seed in range(args.seed, args.seed + args.seeds):
             for kind in KINDS:
-                model = train_lm(args, kind, seed=seed, name=f"{args.name}-{kind}" if args.name else kind)
+                model, _ = train_lm(args, kind, seed=seed, name=f"{args.name}-{kind}" if args.name else kind)
                 seen = tokens[:, :length + 1] if kind == "full" else tokens    # it knows no positions beyond training
-                cost = bits(model, seen).unflatten(1, (-1, args.segment_len)).mean((0, 2))    # by segment
+                cost = bits_by_segment(model, seen)
                 rows.writerows([kind, seed, i + 1, cost_i] for i, cost_i in enumerate(cost.tolist()))
                 file.flush()
                 costs.setdefault(kind, []).append(cost)
@@ -486,11 +502,11 @@ def mean_and_deviation(values):
 def lengths(args):
     """Does it matter in how long sequences a model was trained? The same bytes, cut in longer or shorter ones."""
     curves, most = {}, max(args.lengths)
-    tokens = windows(args.documents[1], most * args.segment_len + 1, args.windows)
+    tokens = held_out(args, most)
     for segments in args.lengths:
-        model = train_lm(args, args.kind, segments=segments, batch=max(1, args.batch * args.segments // segments),
-                         name=f"{args.kind}-{segments}-segments")
-        cost = bits(model, tokens).unflatten(1, (-1, args.segment_len)).mean((0, 2))
+        model, _ = train_lm(args, args.kind, segments=segments, batch=max(1, args.batch * args.segments // segments),
+                            name=f"{args.kind}-{segments}-segments")
+        cost = bits_by_segment(model, tokens)
         print(f"trained in {segments} segments: {cost.mean():.4f} bits per byte in {most}, {cost[0]:.4f} in the first, "
               f"{cost[most // 2:].mean():.4f} in the second half", flush=True)
         curves[f"trained in {segments} segments"] = range(1, most + 1), cost
@@ -503,10 +519,9 @@ def gates(args):
         raise ValueError(f"--kind was {args.kind!r}, must be linear or delta to have gates")
     figure, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained")
     for column, gate_lr in zip(axes.T, (args.gate_lr, args.lr)):
-        model = train_lm(args, args.kind, gate_lr=gate_lr, name=f"{args.kind}-gates-{gate_lr:g}")
-        path = read_checkpoint(args.out / f"lm-{args.kind}-gates-{gate_lr:g}-seed{args.seed}.pt")["gates"]
+        model, path = train_lm(args, args.kind, gate_lr=gate_lr, name=f"{args.kind}-gates-{gate_lr:g}")
         print_gates(model)
-        for layer, heads in enumerate(path.permute(1, 2, 0)):
+        for layer, heads in enumerate(read_checkpoint(path)["gates"].permute(1, 2, 0)):
             for head in heads:
                 column[1].plot(math.ceil(args.steps / 100) * torch.arange(1, len(head) + 1), head, color=f"C{layer}")
         n_layers, n_heads = model.gates().shape
@@ -519,14 +534,13 @@ def gates(args):
 
 def plug(args):
     """Plug and play (section 4.3): a trained model without memory gets one, and goes on for a tenth of the steps."""
-    length = args.segments * args.segment_len
-    tokens = windows(args.documents[1], length + 1, args.windows)
-    local = train_lm(args, "local")
+    tokens = held_out(args, args.segments)
+    local, _ = train_lm(args, "local")
     print(f"trained without memory: {bits(local, tokens).mean():.4f} bits per byte")
     starts = {rule: inject_memory(local, rule, args.plug_gate) for rule in ("linear", "delta")}
     for kind, model in {"local": local, **starts}.items():
         before, steps = bits(model, tokens).mean(), max(1, args.steps // 10)
-        model = train_lm(args, kind, model, steps=steps, lr=args.lr / 2, name=f"plug-{kind}")
+        model, _ = train_lm(args, kind, model, steps=steps, lr=args.lr / 2, name=f"plug-{kind}")
         print(f"{kind}: {before:.4f} bits per byte at the start, {bits(model, tokens).mean():.4f} {steps} steps later")
 
 
@@ -553,7 +567,7 @@ def parse_arguments():
     parser.add_argument("what", nargs="?", choices=COMMANDS, default="train", metavar="COMMAND",
                         help=" ".join(f"{name}: {what.__doc__.splitlines()[0]}" for name, what in COMMANDS.items()))
     add_common_arguments(parser)
-    for name, kind, default, text in [
+    add_options(parser, [
             ("data", Path, None, "a text file, or a folder with a document per file (default: the standard library)"),
             ("steps", whole(1), 3000, "training steps"), ("batch", whole(1), 4, "sequences per step"),
             ("segments", whole(1), 16, "segments per sequence"), ("lr", number(0, 1), 2e-3, "learning rate"),
@@ -566,9 +580,7 @@ def parse_arguments():
             ("bytes", whole(1), 500, "to write"),
             ("temperature", number(0, 100), 0.8, "of samples; 0: the likeliest byte"),
             ("top-p", number(0, 1), 0.95, "sample from the likeliest bytes that together have this probability"),
-            ("name", str, None, "of the checkpoint: OUT/lm-NAME-seedSEED.pt (default: the kind)")]:
-        shown = "" if default is None else " (default: %(default)s)" if name != "prompt" else ""
-        parser.add_argument(f"--{name}", type=kind, default=default, help=text + shown)
+            ("name", str, None, "of the checkpoint: OUT/lm-NAME-seedSEED.pt (default: the kind)")])
     parser.add_argument("--kind", choices=KINDS, default="delta", help="of attention or memory (default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="train with torch.compile")
     for field in fields(InfiniConfig):
