@@ -530,7 +530,7 @@ def dilution(args, rules):
             continue
         shares = torch.stack([share.flatten() for _, share in needle_shares(model, one_key("9054"), args.lengths)])
         shares, name = (100 * shares[:, shares[0].argmax()]).tolist(), " ".join(map(str, who))
-        print_row(name, [f"{share:.2g}" for share in shares])
+        print_row(name, [f"{share:.3g}" for share in shares])
         curves[name] = sorted(args.lengths), shares
     draw_lines(curves, args.out / "dilution.png", xlabel="tokens in the input, the needle first",
                ylabel="needle's share (%)")

@@ -1162,6 +1162,12 @@ def test_only_the_digits_of_the_answer_count_and_each_is_told_the_right_ones_bef
             assert digits[2 * n:] == digits[:n - 1] == digits[n:2 * n - 1]
 
 
+def test_every_other_step_of_fast_forward_and_of_nothing_else_goes_on_from_a_state_that_hay_has_left():
+    for training in TRAININGS:
+        calls = [len(calls) for calls in shown(TRAININGS[training](), range(40, 48))]
+        assert all((n > 1) == (training == "fast-forward" and step % 2 == 1) for step, n in enumerate(calls)), training
+
+
 def test_one_of_several_named_keys_is_asked_for():
     tasks = passkey.named_tasks(random.Random(0), 50, 8, 4, held_out=True)
     for task in tasks:
