@@ -1045,16 +1045,42 @@ def test_compare_prints_a_row_for_every_kind_and_writes_its_files(folder, tmp_pa
     assert table["delta"].split()[1] == f"{mean:.4f}" and (tmp_path / "context.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("what, picture", [("gates", "gates.png"), ("lengths", "lengths.png"), ("plug", None)])
-def test_the_other_experiments_run(what, picture, folder, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("what", ["gates", "lengths", "plug"])
+def test_the_other_experiments_run(what, folder, tmp_path, monkeypatch, capsys):
     code, out, _ = command(monkeypatch, capsys, what, *LM, "--lengths", "1,4", "--plug-gate", -30, "--lr", 1e-9, "--gate-lr", 1e-9,
-                           "--data", folder, "--out", tmp_path, script=train)
-    assert code == 0 and (picture is None or (tmp_path / picture).read_bytes().startswith(b"\x89PNG"))
+                           "--seeds", 2, "--data", folder, "--out", tmp_path, script=train)
+    assert code == 0 and (tmp_path / f"{what}.png").read_bytes().startswith(b"\x89PNG")
     if what == "plug":                                           # a closed gate: it begins exactly where "local" ended
-        starts = set(re.findall(r": (\d\.\d{4}) bits", out))
-        assert len(starts) == 1 and out.count(starts.pop()) >= 4
+        starts = [line.split()[1:4] for line in out.splitlines()[-3:]]
+        assert starts[0] == starts[1] == starts[2] and re.fullmatch(r"\d\.\d{4}", starts[0][0])
+        assert len((tmp_path / "plug.csv").read_text().splitlines()) == 1 + 3
     if what == "gates":
         assert out.count("0.500") == 2 * 2 * 2
+
+
+def test_whatever_the_length_of_its_sequences_a_model_is_trained_on_the_same_bytes(folder):
+    documents, calls = train.read_documents(folder)[0], []
+
+    def model(tokens):
+        calls.append(tokens)
+        return torch.zeros(*tokens.shape, 256, requires_grad=True), None
+    for cut in (10, 20, 40):
+        loss, n_tokens, _ = train.lm_loss(documents, 0, 3, 40, cut, "cpu")(model, 5)
+        assert n_tokens == 120 and calls[-1].shape == (120 // cut, cut) and torch.equal(calls[-1].view(3, 40), calls[0].view(3, 40))
+        assert loss.item() == pytest.approx(math.log(256))
+
+
+def test_targets_are_the_bytes_that_come_next_also_across_a_cut():
+    document = torch.arange(200, dtype=torch.uint8)
+
+    def successor(tokens):                                       # a model that knows what comes next
+        return 100 * F.one_hot(tokens + 1, 256).float().requires_grad_(), None
+    assert train.lm_loss([document], 0, 4, 60, 15, "cpu")(successor, 0)[0].item() < 1e-6
+
+
+def test_a_curve_by_position_is_the_mean_of_ever_longer_pieces_and_loses_none():
+    ends, means = train.by_position(torch.arange(11.0))
+    assert ends == [1, 2, 4, 8, 11] and means == [0, 1, 2.5, 5.5, 9]
 
 
 # --- passkey.py: the paper's task ----------------------------------------------------------------------------------

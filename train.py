@@ -224,16 +224,21 @@ def panels(lines, columns):
                         sharey=True, layout="constrained")
 
 
-def draw_lines(curves, path, xlabel, ylabel):
-    """Curves over a logarithmic axis, in a PNG file. curves: {name: (x, y)}."""
+def draw_lines(curves, path, xlabel, ylabel, xscale="log"):
+    """Curves in a PNG file, and their points in a CSV file beside it. curves: {name: (x, y)}."""
     figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
     for name, (x, y) in curves.items():
-        axis.plot(x, y, "o-", label=name)
-    axis.set_xscale("log", base=2)
+        axis.plot(x, y, "o-", markersize=3, label=name)
+    axis.set_xscale(xscale, **(dict(base=2) if xscale == "log" else {}))
     axis.set(xlabel=xlabel, ylabel=ylabel)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     figure.savefig(path, dpi=150)
+    plt.close(figure)
+    with open(path.with_suffix(".csv"), "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["curve", xlabel, ylabel])
+        rows.writerows([name, float(x), float(y)] for name, points in curves.items() for x, y in zip(*points))
 
 
 def heat_map(axis, grid, high, text, x, y):
@@ -332,7 +337,8 @@ def read_documents(path=None):
     Raises ValueError on a file that is no text or a folder without files, OSError on what can't be read.
     """
     root = Path(path or sysconfig.get_paths()["stdlib"])
-    left_out = set() if path else {"test", "tests", "idle_test", "site-packages", "dist-packages", "topics.py"}
+    left_out = set() if path else {"test", "tests", "idle_test", "site-packages", "dist-packages", "topics.py",
+                                 "encodings"}    # its tables are nearly the same in every file
     files = [root] if root.is_file() else sorted(root.rglob("*" if path else "*.py"))
     documents = []
     for file in files:
@@ -379,14 +385,15 @@ KINDS = {"local": dict(attention="local"), "xl": dict(attention="xl"), "linear":
          "delta": dict(update="delta"), "full": dict(attention="full")}
 
 
-def lm_loss(documents, seed, batch, length, device):
-    """Loss on sequences drawn by seed and step, the same for every kind of model."""
+def lm_loss(documents, seed, batch, length, cut, device):
+    """Loss on sequences drawn by seed and step, the same for every kind of model, cut in shorter ones of `cut` bytes."""
     def loss_of(model, step):
         tokens = draw_sequences(documents, batch, length + 1, random.Random(f"{seed}/{step}")).to(device)
-        with torch.autocast("cuda", torch.bfloat16, enabled=tokens.is_cuda):
-            logits, _ = model(tokens[:, :-1])
-        loss = F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
-        return loss, tokens.numel(), {"bits per byte": loss.item() / math.log(2)}
+        given, target = tokens[:, :-1].reshape(-1, cut), tokens[:, 1:].reshape(-1, cut)
+        with torch.autocast("cuda", torch.bfloat16, enabled=given.is_cuda):
+            logits, _ = model(given)
+        loss = F.cross_entropy(logits.float().flatten(0, 1), target.flatten())
+        return loss, given.numel(), {"bits per byte": loss.item() / math.log(2)}
     return loss_of
 
 
@@ -418,23 +425,33 @@ def numbers_in(state):
     return sum(part.numel() for s in state for part in (*(s.memory or ()), s.k, s.v))
 
 
-def train_lm(args, kind, model=None, **changes):
-    """Train a model of a kind, from the start or onwards. changes: to args. Returns it and its checkpoint's path."""
+def train_lm(args, kind, model=None, cut=None, **changes):
+    """Train a model of a kind, from the start or onwards. cut: segments per sequence, if the sequences that are drawn are
+    cut in shorter ones. changes: to args. Returns it and its losses, bits per byte: (step, mean of a hundredth)."""
     args = argparse.Namespace(**{**vars(args), **changes})
     torch.manual_seed(args.seed)
     sizes = {field.name: getattr(args, field.name) for field in fields(InfiniConfig) if hasattr(args, field.name)}
     model = (model or InfiniTransformer(InfiniConfig(**{**sizes, **KINDS[kind]}))).to(args.device)
-    length, path = args.segments * args.segment_len, args.out / f"lm-{args.name or kind}-seed{args.seed}.pt"
-    print(f"{path.stem}: {args.steps} steps of {args.batch} x {length:,} bytes, "
+    length, cut = args.segments * args.segment_len, (cut or args.segments) * args.segment_len
+    path = args.out / f"lm-{args.name or kind}-seed{args.seed}.pt"
+    print(f"{path.stem}: {args.steps} steps of {args.batch * length // cut} x {cut:,} bytes, "
           f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     if args.compile:
         model.compile()
-    loss_of = lm_loss(args.documents[0], args.seed, args.batch, length, args.device)
-    settings = dict(kind=kind, seed=args.seed, batch=args.batch, length=length, data=str(args.data),
-                    n_bytes=sum(map(len, args.documents[0])))
-    train(model, loss_of, args.steps, path, args.lr, args.gate_lr, args.weight_decay,
-          resume=args.resume, settings=settings)
-    return model.eval(), path
+    draws = dict(seed=args.seed, batch=args.batch, length=length, cut=cut)
+    settings = dict(draws, kind=kind, data=str(args.data), n_bytes=sum(map(len, args.documents[0])))
+    losses = train(model, lm_loss(args.documents[0], device=args.device, **draws), args.steps, path, args.lr,
+                   args.gate_lr, args.weight_decay, resume=args.resume, settings=settings)
+    means = [sum(part) / len(part) / math.log(2) for part in hundredths(losses)]
+    curve = [(i + 1) * args.steps / len(means) for i in range(len(means))], means
+    draw_lines({path.stem: curve}, path.with_suffix(".png"), "step", "training loss (bits per byte)", xscale="linear")
+    return model.eval(), curve
+
+
+def hundredths(values):
+    """A list cut in a hundred parts, or fewer if it is short."""
+    n = math.ceil(len(values) / 100)
+    return [values[i:i + n] for i in range(0, len(values), n)]
 
 
 def held_out(args, segments):
@@ -444,6 +461,16 @@ def held_out(args, segments):
 
 def bits_by_segment(model, tokens):
     return bits(model, tokens).unflatten(1, (-1, model.config.segment_len)).mean((0, 2))
+
+
+def by_position(cost):
+    """What the segments cost, as a curve: the first, the second, then means of the next 2, 4, 8, ...; (last one, mean)."""
+    ends = sorted({2 ** i for i in range(32) if 2 ** i < len(cost)} | {len(cost)})
+    return ends, [cost[start:end].mean().item() for start, end in zip([0, *ends], ends)]
+
+
+def mean_and_deviation(values):
+    return f"{values.mean():.4f}" + (f" +- {values.std():.4f}" if len(values) > 1 else "")
 
 
 def train_command(args):
@@ -491,26 +518,28 @@ def compare(args):
         without = mean_and_deviation(torch.tensor(forgot[kind])) if kind in forgot else ""
         print(f"{kind:8}{mean_and_deviation(table):>18}{2 ** table.mean():12.3f}{without:>18}"
               f"{stored[kind][0]:18,}{stored[kind][1]:12,}")
-    curves = {kind: (range(1, len(cost[0]) + 1), torch.stack(cost).mean(0)) for kind, cost in costs.items()}
-    draw_lines(curves, args.out / "context.png", xlabel=f"segment of {args.segment_len} bytes", ylabel="bits per byte")
-
-
-def mean_and_deviation(values):
-    return f"{values.mean():.4f}" + (f" +- {values.std():.4f}" if len(values) > 1 else "")
+    curves = {kind: by_position(torch.stack(cost).mean(0)) for kind, cost in costs.items()}
+    draw_lines(curves, args.out / "context.png", f"segment of {args.segment_len} bytes", "bits per byte")
 
 
 def lengths(args):
-    """Does it matter in how long sequences a model was trained? The same bytes, cut in longer or shorter ones."""
-    curves, most = {}, max(args.lengths)
-    tokens = held_out(args, most)
+    """Does it matter in how long sequences a model was trained? The same bytes, cut in shorter ones or not."""
+    most = max(args.lengths)
+    if any(most % segments for segments in args.lengths):
+        raise ValueError(f"--lengths was {args.lengths}, must divide the largest")
+    tokens, curves = held_out(args, most), {}
     for segments in args.lengths:
-        model, _ = train_lm(args, args.kind, segments=segments, batch=max(1, args.batch * args.segments // segments),
-                            name=f"{args.kind}-{segments}-segments")
-        cost = bits_by_segment(model, tokens)
-        print(f"trained in {segments} segments: {cost.mean():.4f} bits per byte in {most}, {cost[0]:.4f} in the first, "
-              f"{cost[most // 2:].mean():.4f} in the second half", flush=True)
-        curves[f"trained in {segments} segments"] = range(1, most + 1), cost
-    draw_lines(curves, args.out / "lengths.png", xlabel=f"segment of {args.segment_len} bytes", ylabel="bits per byte")
+        costs = []
+        for seed in range(args.seed, args.seed + args.seeds):
+            model, _ = train_lm(args, args.kind, cut=segments, segments=most, seed=seed,
+                                batch=max(1, args.batch * args.segments // most), name=f"{args.kind}-{segments}-segments")
+            costs.append(bits_by_segment(model, tokens))
+        costs = torch.stack(costs)
+        print(f"trained in {segments} segments: bits per byte in {most} {mean_and_deviation(costs.mean(1))}, in the first "
+              f"{mean_and_deviation(costs[:, 0])}, in the second half {mean_and_deviation(costs[:, most // 2:].mean(1))}",
+              flush=True)
+        curves[f"trained in {segments} segments"] = by_position(costs.mean(0))
+    draw_lines(curves, args.out / "lengths.png", f"segment of {args.segment_len} bytes", "bits per byte")
 
 
 def gates(args):
@@ -519,29 +548,44 @@ def gates(args):
         raise ValueError(f"--kind was {args.kind!r}, must be linear or delta to have gates")
     figure, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained")
     for column, gate_lr in zip(axes.T, (args.gate_lr, args.lr)):
-        model, path = train_lm(args, args.kind, gate_lr=gate_lr, name=f"{args.kind}-gates-{gate_lr:g}")
+        name = f"{args.kind}-gates-{gate_lr:g}"
+        model, _ = train_lm(args, args.kind, gate_lr=gate_lr, name=name)
         print_gates(model)
-        for layer, heads in enumerate(read_checkpoint(path)["gates"].permute(1, 2, 0)):
-            for head in heads:
-                column[1].plot(math.ceil(args.steps / 100) * torch.arange(1, len(head) + 1), head, color=f"C{layer}")
+        paths = read_checkpoint(args.out / f"lm-{name}-seed{args.seed}.pt")["gates"].permute(1, 2, 0)
+        for layer, heads in enumerate(paths):
+            for i, head in enumerate(heads):
+                steps = math.ceil(args.steps / 100) * torch.arange(1, len(head) + 1)
+                column[1].plot(steps, head, color=f"C{layer}", label=f"layer {layer + 1}" if i == 0 else None)
         n_layers, n_heads = model.gates().shape
         image = heat_map(column[0], model.gates().tolist(), 1, "{:.2f}", range(1, n_heads + 1), range(1, n_layers + 1))
         column[0].set(title=f"learning rate of the gates {gate_lr:g}", xlabel="head", ylabel="layer")
         column[1].set(xlabel="step", ylabel="sigmoid(beta)", ylim=(0, 1))
+        column[1].legend(fontsize=8)
     figure.colorbar(image, ax=axes[0], label="sigmoid(beta)")
     figure.savefig(args.out / "gates.png", dpi=150)
 
 
 def plug(args):
     """Plug and play (section 4.3): a trained model without memory gets one, and goes on for a tenth of the steps."""
-    tokens = held_out(args, args.segments)
-    local, _ = train_lm(args, "local")
-    print(f"trained without memory: {bits(local, tokens).mean():.4f} bits per byte")
-    starts = {rule: inject_memory(local, rule, args.plug_gate) for rule in ("linear", "delta")}
-    for kind, model in {"local": local, **starts}.items():
-        before, steps = bits(model, tokens).mean(), max(1, args.steps // 10)
-        model, _ = train_lm(args, kind, model, steps=steps, lr=args.lr / 2, name=f"plug-{kind}")
-        print(f"{kind}: {before:.4f} bits per byte at the start, {bits(model, tokens).mean():.4f} {steps} steps later")
+    tokens, steps = held_out(args, args.segments), max(1, args.steps // 10)
+    before, after, curves = {}, {}, {}
+    for seed in range(args.seed, args.seed + args.seeds):
+        local, _ = train_lm(args, "local", seed=seed)
+        starts = {rule: inject_memory(local, rule, args.plug_gate) for rule in ("linear", "delta")}
+        for kind, model in {"local": local, **starts}.items():
+            before.setdefault(kind, []).append(bits(model, tokens).mean())
+            model, curve = train_lm(args, kind, model, steps=steps, lr=args.lr / 2, seed=seed + 1000, name=f"plug-{kind}")
+            after.setdefault(kind, []).append(bits(model, tokens).mean())
+            curves.setdefault(kind, []).append(curve[1])
+    print(f"\nbits per byte on {len(tokens)} held-out pieces, {args.seeds} seeds, mean +- standard deviation")
+    print(f"{'goes on as':12}{'at the start':>18}{f'{steps} steps on':>18}{'better than local':>20}")
+    for kind in before:
+        then, gain = torch.stack(after[kind]), torch.stack(after["local"]) - torch.stack(after[kind])
+        print(f"{kind:12}{mean_and_deviation(torch.stack(before[kind])):>18}{mean_and_deviation(then):>18}"
+              f"{mean_and_deviation(gain):>20}")
+    drawn = {kind: (curve[0], torch.tensor(values).mean(0)) for kind, values in curves.items()}
+    draw_lines(drawn, args.out / "plug.png", "step after the memory was plugged in", "training loss (bits per byte)",
+               xscale="linear")
 
 
 def sample(args):
