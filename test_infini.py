@@ -3,7 +3,9 @@
 The oracle below is float64 NumPy, written from the equations as loops over single tokens: slow, plain, independent.
 """
 import copy
+import hashlib
 import io
+import json
 import math
 import os
 import random
@@ -13,10 +15,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from nbclient import NotebookClient
 
 import infini
 import passkey
@@ -1362,3 +1366,53 @@ def test_the_readmes_example_runs():
 def test_every_departure_in_the_code_is_a_row_of_the_readme():
     code = Path(infini.__file__).read_text(encoding="utf-8") + Path(train.__file__).read_text(encoding="utf-8")
     assert README.count("\n| ", README.index("| the paper | here |")) >= code.count("Departure: ") >= 6
+
+
+# --- walkthrough.ipynb ---------------------------------------------------------------------------------------------
+
+WALKTHROUGH = Path(__file__).with_name("walkthrough.ipynb")
+
+
+def walkthrough():
+    """The notebook, its code cells, and for each of their outputs its kind and all its texts."""
+    notebook, outputs = nbformat.read(WALKTHROUGH, as_version=4), []
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    for output in (output for cell in cells for output in cell.outputs):
+        texts = [text for kind, text in output.get("data", {}).items() if not kind.startswith("image/")]
+        outputs.append((output.get("name", output.output_type), "\n".join([output.get("text", ""), *map(str, texts)])))
+    return notebook, cells, outputs
+
+
+def test_the_walkthrough_runs_from_top_to_bottom_in_a_fresh_kernel_and_no_cell_fails_or_warns():
+    notebook = walkthrough()[0]
+    client = NotebookClient(notebook, timeout=1800, kernel_name="python3",
+                            resources={"metadata": {"path": str(WALKTHROUGH.parent)}})
+    client.execute()    # raises if a cell fails
+    for output in (output for cell in notebook.cells for output in cell.get("outputs", [])):
+        assert output.get("name") != "stderr", output.text
+
+
+def test_the_saved_outputs_of_the_walkthrough_come_from_this_version_of_the_code():
+    _, cells, outputs = walkthrough()
+    sources = [Path(module.__file__).read_text(encoding="utf-8") for module in (infini, train, passkey)]
+    sources += [cell.source for cell in cells]
+    models = [WALKTHROUGH.with_name("assets").joinpath(f"passkey-{rule}.pt").read_bytes() for rule in RULES]
+    code = hashlib.sha256("\0".join(sources).encode() + b"".join(models)).hexdigest()[:16]
+    assert outputs[-1][1] == f"made by the code {code}\n", "to refresh: jupyter execute --inplace walkthrough.ipynb"
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+
+
+def test_the_saved_outputs_of_the_walkthrough_hold_no_warning_and_no_path_of_the_machine_that_made_them():
+    notebook, _, outputs = walkthrough()
+    assert notebook.metadata.kernelspec.name == "python3" and WALKTHROUGH.stat().st_size < 1_500_000
+    for kind, text in outputs:
+        assert kind not in ("stderr", "error") and "Warning" not in text and "Traceback" not in text, text
+        assert not re.search(r"(?<![\w.)])(~|[A-Za-z]:\\|/)[\w.-]+[/\\]\w", text), text
+
+
+def test_every_function_and_model_that_the_walkthrough_names_is_there():
+    prose = "\n".join(cell.source for cell in walkthrough()[0].cells if cell.cell_type == "markdown")
+    named = re.findall(r"`(infini|train|passkey)\.(?!py`)(\w+)", prose)
+    assert named and all(hasattr(sys.modules[module], name) for module, name in named)
+    models = re.findall(r"assets/[\w-]+\.pt", prose)
+    assert models and all(WALKTHROUGH.with_name("assets").joinpath(Path(path).name).exists() for path in models)
