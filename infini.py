@@ -163,7 +163,7 @@ def normaliser(sx, z):
     Departure: in the first segment the paper's quotient is 0/0. Dividing by 1 instead makes it exactly 0. A sum below
     1e-30 counts as empty too: its gradient, with a square of it in the denominator, would overflow float32.
     """
-    norm = sx @ z.unsqueeze(-1)
+    norm = (sx * z.unsqueeze(-2)).sum(-1, keepdim=True)    # sx @ z, but small products with a vector are slow
     return torch.where(norm > 1e-30, norm, 1.0)
 
 
