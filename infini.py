@@ -236,10 +236,9 @@ def local_attention(q, k, v, causal=True):
     Departure: the paper prints sqrt(d_model); like every Transformer we divide by sqrt(d_key).
     """
     T, L = q.shape[-2], k.shape[-2]
-    scores = q @ k.mT / math.sqrt(q.shape[-1])
+    scores = q / math.sqrt(q.shape[-1]) @ k.mT                                # (..., T, L)
     if causal:
-        future = torch.ones(T, L, dtype=torch.bool, device=q.device).triu(L - T + 1)
-        scores = scores.masked_fill(future, -math.inf)
+        scores += q.new_full((T, L), -math.inf).triu(L - T + 1)               # the future
     return scores.softmax(-1) @ v
 
 
