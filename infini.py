@@ -224,8 +224,7 @@ def rotary(x, positions, base):
     i = torch.arange(half, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
     angles = positions.unsqueeze(-1) * base ** (-i / half)                    # (T, d/2) radians
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    x1, x2 = x.split(half, -1)
-    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1)
+    return x * torch.cat([cos, cos], -1) + x.roll(half, -1) * torch.cat([-sin, sin], -1)    # roll: halves swapped
 
 
 def local_attention(q, k, v, causal=True):
