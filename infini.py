@@ -337,7 +337,7 @@ class InfiniAttention(nn.Module):
 
     def segments(self, q, k, v, state):
         """The same for S complete segments at once, S times `segment` in one go. q, k, v: (B, H, S N, d)."""
-        q, k, v = (y.unflatten(2, (-1, self.N)).transpose(1, 2) for y in (q, k, v))    # (B, S, H, N, d)
+        q, k, v = (y.unflatten(2, (-1, self.N)).transpose(1, 2).contiguous() for y in (q, k, v))    # (B, S, H, N, d)
         k_seen, v_seen, memory = k, v, None
         if self.prior:    # xl: each segment sees the one before it too, without gradient      (B, S, H, 2 N, d)
             k_seen, v_seen = (torch.cat([torch.cat([old.to(new.dtype).unsqueeze(1), new[:, :-1]], 1).detach(), new], 3)
