@@ -5,6 +5,7 @@
     python train.py lengths                 does it matter in how long sequences a model was trained? (section 4.2)
     python train.py plug                    give a trained model without memory one (section 4.3)
     python train.py sample --load FILE      continue a text, byte by byte
+    python train.py bench                   time and memory, beside attention without memory
 
 The text is the Python standard library's own source on this machine; --data takes other text. The training loop at the
 top is also what passkey.py uses: AdamW, gates with a rate of their own, exact resuming.
@@ -15,15 +16,20 @@ import csv
 import io
 import math
 import os
+import platform
 import random
+import re
 import signal
 import sys
 import sysconfig
 import threading
 import time
 from collections import deque
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, fields
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -35,7 +41,7 @@ try:
 except ImportError:    # Windows
     resource = None
 
-from infini import InfiniConfig, InfiniTransformer, generate, inject_memory, stream
+from infini import InfiniAttention, InfiniConfig, InfiniTransformer, generate, inject_memory, stream
 
 
 # --- Training ------------------------------------------------------------------------------------------------------
@@ -154,9 +160,11 @@ class Progress:
 
 def peak_memory():
     """The most memory that this process has used so far, in MB. Not a number on Windows, which does not count it so."""
-    if resource is None:
-        return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
+    try:    # on Linux, where getrusage counts what the parent had used before it started this process, too
+        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2 ** 10
+    except (OSError, TypeError):
+        usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else math.nan
+        return usage / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
 
 
 @contextmanager
@@ -602,7 +610,152 @@ def sample(args):
     print(decoder.decode(b"", final=True))
 
 
-COMMANDS = dict(train=train_command, compare=compare, lengths=lengths, gates=gates, plug=plug, sample=sample)
+# --- Benchmarks ----------------------------------------------------------------------------------------------------
+
+SMALL = dict(vocab_size=52, d_model=64, n_layers=2, n_heads=4, d_key=32, d_value=32, d_ff=256, segment_len=32,
+             rope_base=50.0, gate_init=-2.0)    # the model of passkey.py
+PAPER_LAYER = dict(d_model=1024, n_heads=8, d_key=128, d_value=128, segment_len=2048)
+BENCH = dict(repeats=5, rows=((16, 64), (9, 112), (4, 256)), paper_tokens=16384, parallel_tokens=8192,
+             full_tokens=2 ** 15, near=2 ** 15, far=2 ** 20, early=100, late=100_000, new_tokens=320, segments=64,
+             matrix=4096)    # rows: (batch, length) of the three small steps that are timed together, as in passkey.py
+
+
+def medians(repeats, **actions):
+    """Median seconds of each action. They take turns, so that whatever else the machine does meets them all alike."""
+    seconds = {name: [] for name in actions}
+    for _ in range(repeats):
+        for name, action in actions.items():
+            start = time.perf_counter()
+            action()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: sorted(times)[len(times) // 2] for name, times in seconds.items()}
+
+
+def random_tokens(vocab_size, batch, length):
+    return torch.randint(0, vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
+
+
+def model_step(rows, **config):
+    """A function that does a training step on each of the (batch, length) in rows, all that train() does in one."""
+    model = InfiniTransformer(InfiniConfig(**config))
+    optimizer = make_optimizer(model, 1e-3, 1e-2, 0.0)
+
+    def step():
+        for batch, length in rows:
+            tokens = random_tokens(model.config.vocab_size, batch, length + 1)
+            loss = F.cross_entropy(model(tokens[:, :-1])[0].flatten(0, 1), tokens[:, 1:].flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+    return step
+
+
+def layer_step(length, **config):
+    """A function that runs one layer of the paper's size forward and backward, and the floating-point operations of it.
+
+    Counted are the matrix products that the code does: Eqs. 5 and 11, both of Eq. 6 with all N x N scores (masked ones
+    are computed too), and Eqs. 7 and 8. The backward pass does each of them twice.
+    """
+    layer = InfiniAttention(InfiniConfig(**PAPER_LAYER, **config))
+    x, c = torch.randn(1, length, layer.config.d_model, requires_grad=True), layer.config
+    per_token = c.n_heads * (2 * c.d_model + c.segment_len + c.d_key) * (c.d_key + c.d_value)
+
+    def step():
+        layer.zero_grad()
+        layer(x)[0].sum().backward()
+    return step, 3 * 2 * length * per_token
+
+
+def streaming_peak(length):
+    """MB that a process needs that reads `length` tokens."""
+    stream(InfiniTransformer(InfiniConfig(**SMALL)), random_tokens(SMALL["vocab_size"], 1, length))
+    return peak_memory()
+
+
+def training_peak(checkpoint, segments):
+    """MB by which a training step on `segments` segments raises what a process needs."""
+    config = dict(SMALL, checkpoint=checkpoint)
+    model_step([(1, 1)], **config)()
+    before = peak_memory()
+    model_step([(16, segments * SMALL["segment_len"])], **config)()
+    return peak_memory() - before
+
+
+def in_new_process(function, *args):
+    """Call a function in a process of its own, whose peak memory nothing else has raised."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def measurements(b):
+    """Yields what was measured, two values, their unit, and the bound of their ratio: at most "<", at least ">"."""
+    yield ("peak memory, streaming 1M / 32K tokens", *(in_new_process(streaming_peak, n) for n in (b.far, b.near)),
+           "MB", "<", 1.05)
+    yield (f"peak memory, training, {b.segments} segments, checkpoint=True / without",
+           *(in_new_process(training_peak, on, b.segments) for on in (True, False)), "MB", "<", 0.5)
+    steps = {kind: model_step(b.rows, **SMALL, **KINDS[kind]) for kind in ("local", "linear", "delta")}
+    small = medians(4 * b.repeats, **steps)
+    yield "training step, small, Linear / local", 1e3 * small["linear"], 1e3 * small["local"], "ms", "<", 1.25
+    yield "training step, small, Delta / local", 1e3 * small["delta"], 1e3 * small["local"], "ms", "<", 1.5
+    steps = {kind: layer_step(b.paper_tokens, **KINDS[kind]) for kind in ("local", "linear", "delta")}
+    flops, matrix = steps["linear"][1], torch.randn(b.matrix, b.matrix)
+    big = medians(b.repeats, matrix=lambda: matrix @ matrix, **{kind: step for kind, (step, _) in steps.items()})
+    yield "training step, paper layer, Linear / local", big["linear"], big["local"], "s", "<", 1.15
+    yield "training step, paper layer, Delta / local", big["delta"], big["local"], "s", "<", 1.2
+    yield ("rate of the paper layer's step (Linear) / of a matrix product", flops / big["linear"] / 1e9,
+           2 * b.matrix ** 3 / big["matrix"] / 1e9, "GFLOP/s", ">", 0.6)
+    forms = medians(b.repeats, **{form: model_step([(1, b.parallel_tokens)], **SMALL, update="linear", form=form)
+                                  for form in ("parallel", "recurrent")})
+    yield (f"training speed, small, Linear, {b.parallel_tokens:,} tokens, parallel / recurrent",
+           *(b.parallel_tokens / seconds for seconds in forms.values()), "tokens/s", ">", 3)
+
+    model = InfiniTransformer(InfiniConfig(**SMALL)).eval()
+    full = InfiniTransformer(InfiniConfig(**{**SMALL, **KINDS["full"]})).eval()
+    text = random_tokens(SMALL["vocab_size"], 1, b.far)
+    near, far, early, late = (stream(model, text[:, :n])[1] for n in (b.near, b.far, b.early, b.late))
+    us = 1e6 / b.near
+    read = medians(b.repeats, far=lambda: stream(model, text[:, :b.near], far),
+                   near=lambda: stream(model, text[:, :b.near], near))
+    yield "streaming, time per token at 1M / at 32K", us * read["far"], us * read["near"], "us", "<", 1.05
+    us = 1e6 / b.new_tokens
+    written = medians(b.repeats, **{name: partial(generate, model, text[:, :1], b.new_tokens, 0, state=state)
+                                    for name, state in (("late", late), ("early", early))})
+    yield (f"generate, time per token, {b.late:,} / {b.early:,} tokens into the text", us * written["late"],
+           us * written["early"], "us", "<", 1.05)
+    text = text[:, :b.full_tokens]    # in calls of 512 tokens: in one, "full" would take 17 GB for the scores of a layer
+    forward = medians(3, full=lambda: stream(full, text, chunk_len=512), infini=lambda: stream(model, text))
+    yield (f"forward, small, {b.full_tokens:,} tokens, full / infini", forward["full"], forward["infini"], "s", ">", 20)
+
+
+def processor():
+    """The name of the processor, as far as the system tells it."""
+    try:
+        return re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())[1]
+    except (OSError, TypeError):
+        return platform.processor() or platform.machine()
+
+
+def bench(args):
+    """Time and memory against attention without memory, and what is to be reached."""
+    if args.device != "cpu":
+        raise ValueError(f"--device was {args.device!r}, must be cpu for bench")
+    print(f"{processor()}, {args.threads} of {os.cpu_count()} cores, PyTorch {torch.__version__}")
+    print(f"{'what':77}{'measured':>22}{'':10}{'ratio':>7}{'goal':>9}", flush=True)
+    with open(args.csv or args.out / "bench.csv", "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["what", "first", "second", "unit", "ratio", "goal", "reached"])
+        for what, first, second, unit, sign, goal in measurements(argparse.Namespace(**BENCH)):
+            ratio = first / second if second else math.nan
+            reached = ratio <= goal if sign == "<" else ratio >= goal
+            print(f"{what:77}{first:10.4g} / {second:<9.4g} {unit:9}{ratio:7.3g}{sign + '= ' + format(goal, 'g'):>9}"
+                  f"{'' if reached else '  missed'}", flush=True)
+            rows.writerow([what, first, second, unit, ratio, f"{sign}= {goal}", reached])
+            file.flush()
+
+
+COMMANDS = dict(train=train_command, compare=compare, lengths=lengths, gates=gates, plug=plug, sample=sample,
+                bench=bench)
 
 
 def parse_arguments():
@@ -627,6 +780,7 @@ def parse_arguments():
             ("name", str, None, "of the checkpoint: OUT/lm-NAME-seedSEED.pt (default: the kind)")])
     parser.add_argument("--kind", choices=KINDS, default="delta", help="of attention or memory (default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="train with torch.compile")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="the table of bench for a program (default: OUT/bench.csv)")
     for field in fields(InfiniConfig):
         if field.name not in ("vocab_size", "update", "attention", "causal"):    # these follow from --kind
             value = field.default
@@ -638,7 +792,7 @@ def parse_arguments():
 def main():
     args = parse_arguments()
     prepare(args)
-    if args.what != "sample":
+    if args.what not in ("sample", "bench"):
         args.documents = read_documents(args.data)
     COMMANDS[args.what](args)
 
