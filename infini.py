@@ -425,8 +425,7 @@ class InfiniTransformer(nn.Module):
         x = self.embedding(tokens)                                            # (B, T, d_model)
         after = []
         for block, s in zip(self.blocks, state or [None] * len(self.blocks)):
-            run = self.recompute if self.config.checkpoint and self.training else Block.__call__
-            x, s = run(block, x, s)
+            x, s = self.recompute(block, x, s) if self.config.checkpoint and self.training else block(x, s)
             after.append(s)
         return self.head(self.norm(x)), after
 
@@ -436,7 +435,7 @@ class InfiniTransformer(nn.Module):
         s = block.attention.empty_state(x) if s is None else s
         outputs = []
         for piece in x.split(block.attention.cut(x.shape[1], s.k.shape[2], "recurrent"), 1):
-            piece, s = checkpoint(block, piece, s, use_reentrant=False)
+            piece, s = checkpoint(block, piece, s, use_reentrant=False, preserve_rng_state=False)    # no dropout
             outputs.append(piece)
         return torch.cat(outputs, 1), s
 
