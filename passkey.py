@@ -50,6 +50,7 @@ TEXTS = {    # what models are evaluated on, the paper's text and departures fro
     "words": ("words", NEEDLE, None), "3-digits": ("paper", NEEDLE, 3), "6-digits": ("paper", NEEDLE, 6),
     "twice": ("paper", f"{NEEDLE} {HAY} {NEEDLE}", None), "decoy": ("paper", f"{NEEDLE} {HAY} {DECOY}", None)}
 SHORTEST = 64    # tokens of a training input, at least
+DIGITS = 4       # of a key
 TRAININGS = {    # steps, tokens in the longest input, tokens in a step
     "local": (4800, 256, 1024), "one-rate": (4800, 256, 1024), "zero-shot": (4800, 256, 1024),
     "plain": (1600, 5000, 5000), "fast-forward": (1600, 1024, 2048), "named": (4800, None, 1024)}
@@ -273,8 +274,8 @@ def train_one(args, training, start=None, **config):
     kind = [str(config[key]) for key in ("update", "d_key") if key in config]
     name = "-".join(["passkey", training, *kind, f"seed{args.seed}"])
     print(f"{name}: {steps} steps, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
-    settings = dict(training=training, seed=args.seed, digits=args.digits)
-    train(model.to(args.device), loss_function(training, args.seed, args.digits, steps), steps,
+    settings = dict(training=training, seed=args.seed, digits=args.digits or DIGITS)
+    train(model.to(args.device), loss_function(training, args.seed, settings["digits"], steps), steps,
           args.out / f"{name}.pt", **rates, resume=args.resume, settings=settings)
     return args.out / f"{name}.pt"
 
@@ -427,7 +428,7 @@ def parse_arguments():
         ("training", names_of(ROWS), "local,zero-shot,plain,fast-forward",
          f"of {', '.join(ROWS)}; what they are: top of passkey.py"),
         ("steps", whole(1), None, "steps of every stage of training (default: 4800, of fine-tuning 1600)"),
-        ("digits", whole(3, 9), 4, "digits of a key"),
+        ("digits", whole(3, 9), None, f"digits of a key (default: {DIGITS}, or what a loaded model was trained on)"),
         ("text", names_of(TEXTS), "paper", f"texts to look in, of {', '.join(TEXTS)}, or all"),
         ("lengths", several(tokens), "1K,32K,128K,256K,512K,1M",
          "lengths of the texts, in tokens; 1K is 1024, 1M is 1024K"),
@@ -452,12 +453,12 @@ def train_all(args, rules):
 
 
 def load_for_table(path, device):
-    """A model of the table, its way of training, update rule and seed."""
+    """A model of the table, its way of training, update rule and seed, and the digits of a key that it was told of."""
     model, settings = load_model(path, device)
-    if settings.get("training") not in ROWS:
+    if settings.get("training") not in ROWS or not {"seed", "digits"} <= set(settings):
         raise ValueError(f"{path} was of another task, must be a checkpoint of passkey.py's table")
     rule = model.config.update if model.config.attention == "infini" else "-"
-    return model, (settings["training"], rule, settings["seed"])
+    return model, (settings["training"], rule, settings["seed"]), settings["digits"]
 
 
 def table(args, rules):
@@ -472,9 +473,10 @@ def table(args, rules):
     with open(path, "w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["training", "rule", "seed", "text", *Found._fields])
-        for (model, who), text in itertools.product(models, args.text):
+        for (model, who, trained), text in itertools.product(models, args.text):
             hay, needle, digits = TEXTS[text]
-            keys = draw_keys(random.Random(f"evaluation {args.eval_seed}"), args.keys, digits or args.digits, True)
+            digits = digits or args.digits or trained
+            keys = draw_keys(random.Random(f"evaluation {args.eval_seed}"), args.keys, digits, True)
             tasks, found = [one_key(key, needle) for key in keys], []
             for asked, lengths in ((tasks, [n for n in args.lengths if n <= 2 ** 15]),
                                    (tasks[::2], [n for n in args.lengths if n > 2 ** 15])):
@@ -525,7 +527,7 @@ def dilution(args, rules):
     """Why keys are lost: the needle's share of what the memory answers, in the head where it is largest at first."""
     models, curves = [load_for_table(path, args.device) for path in args.load or train_all(args, rules)], {}
     print_row("Needle's share in %", [short(n) for n in sorted(args.lengths)])
-    for model, who in models:
+    for model, who, _ in models:
         if model.config.attention == "local":
             continue
         shares = torch.stack([share.flatten() for _, share in needle_shares(model, one_key("9054"), args.lengths)])
@@ -548,7 +550,7 @@ def capacity(args, rules):
             right = []
             for n_keys in numbers:
                 rng = random.Random(f"evaluation {args.eval_seed}")
-                tasks = named_tasks(rng, args.keys, n_keys, args.digits, held_out=True)
+                tasks = named_tasks(rng, args.keys, n_keys, args.digits or DIGITS, held_out=True)
                 length = len(write_input(tasks[0], encode(HAY).repeat(4), 0))
                 right += [found.digits_right for found in find(model, tasks, [length], [0.5])]
             curves[f"{rule}, d_key = {d_key}"] = numbers, [100 * share for share in right]

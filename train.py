@@ -208,6 +208,8 @@ def read_checkpoint(path):
     data = Path(path).read_bytes()
     try:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        if not (isinstance(content, dict) and isinstance(content["config"], dict) and isinstance(content["settings"], dict)):
+            raise TypeError
         return {name: content[name] for name in ("model", "config", "settings", "losses", "gates", "optimizer")}
     except Exception as error:
         raise ValueError(f"{path} was no checkpoint ({type(error).__name__}), must be one of this project") from error
@@ -331,8 +333,10 @@ def run(main):
     except KeyboardInterrupt as stop:
         print(f"\n{str(stop) or 'stopped'}", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        print("error:", str(error).splitlines()[0] if str(error) else "out of memory", file=sys.stderr)
         sys.exit(2)
 
 
@@ -612,7 +616,7 @@ def sample(args):
 
 # --- Benchmarks ----------------------------------------------------------------------------------------------------
 
-SMALL = dict(vocab_size=52, d_model=64, n_layers=2, n_heads=4, d_key=32, d_value=32, d_ff=256, segment_len=32,
+SMALL = dict(vocab_size=53, d_model=64, n_layers=2, n_heads=4, d_key=32, d_value=32, d_ff=256, segment_len=32,
              rope_base=50.0, gate_init=-2.0)    # the model of passkey.py
 PAPER_LAYER = dict(d_model=1024, n_heads=8, d_key=128, d_value=128, segment_len=2048)
 BENCH = dict(repeats=5, rows=((16, 64), (9, 112), (4, 256)), paper_tokens=16384, parallel_tokens=8192,
@@ -766,7 +770,7 @@ def parse_arguments():
     add_common_arguments(parser)
     add_options(parser, [
             ("data", Path, None, "a text file, or a folder with a document per file (default: the standard library)"),
-            ("steps", whole(1), 3000, "training steps"), ("batch", whole(1), 4, "sequences per step"),
+            ("steps", whole(1), 3000, "training steps"), ("batch", whole(1, 2 ** 16), 4, "sequences per step"),
             ("segments", whole(1), 16, "segments per sequence"), ("lr", number(0, 1), 2e-3, "learning rate"),
             ("gate-lr", number(0, 1), 2e-2, "learning rate of the gates"),
             ("weight-decay", number(0, 1), 0.0, "of the matrices"),
@@ -784,7 +788,8 @@ def parse_arguments():
     for field in fields(InfiniConfig):
         if field.name not in ("vocab_size", "update", "attention", "causal"):    # these follow from --kind
             value = field.default
-            kind = dict(action="store_true") if isinstance(value, bool) else dict(type=type(value), default=value)
+            kind = dict(action="store_true") if isinstance(value, bool) else dict(default=value, type={
+                int: whole(1, 2 ** 16), float: number(-1e9, 1e9), str: str}[type(value)])
             parser.add_argument("--" + field.name.replace("_", "-"), **kind, help=argparse.SUPPRESS)
     return parser.parse_args()
 
