@@ -2,17 +2,20 @@
 
 The oracle below is float64 NumPy, written from the equations as loops over single tokens: slow, plain, independent.
 """
+import ast
 import copy
 import hashlib
 import io
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
 import signal
 import sys
-from dataclasses import replace
+import threading
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import nbformat
@@ -21,6 +24,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from nbclient import NotebookClient
+from torch.utils.flop_counter import FlopCounterMode
 
 import infini
 import passkey
@@ -778,6 +782,7 @@ def test_a_state_dict_loads_with_weights_only():
     assert torch.equal(other(tokens_of(1, 13))[0], model(tokens_of(1, 13))[0])
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")          # torch.compile looks at it, we don't
 @pytest.mark.parametrize("rule", RULES)
 def test_a_compiled_model_gives_the_same_logits(rule):
     model, tokens = make("infini-" + rule, n_layers=1), tokens_of(2, 13)
@@ -1333,6 +1338,247 @@ def test_bad_arguments_are_one_line_on_standard_error_and_exit_code_2(arguments,
     monkeypatch.setattr(passkey, "train_one", None)              # nothing may be trained
     code, out, err = command(monkeypatch, capsys, *arguments)
     assert code == 2 and len(err.strip().splitlines()) == 1 and "Traceback" not in err
+
+
+# --- Hard to break -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("part", range(4))
+def test_random_models_texts_and_cuts_agree_with_the_oracle(part):
+    """200 cases: kind, sizes, lengths, forms, causal or not, checkpoints, precision, and where the text is cut."""
+    for seed in range(50 * part, 50 * part + 50):
+        draw = random.Random(seed)
+        kind, dtype, causal = draw.choice(KINDS), draw.choice([torch.float64] * 3 + [torch.float32]), draw.random() < 0.8
+        sizes = dict(d_model=draw.randint(1, 9), n_layers=draw.randint(1, 2), n_heads=draw.randint(1, 3),
+                     d_key=2 * draw.randint(1, 3), d_value=draw.randint(1, 5), d_ff=draw.randint(1, 9),
+                     segment_len=draw.randint(1, 7), rope_base=draw.choice([1.5, 50.0, 1e4]), causal=causal,
+                     form=draw.choice(["parallel", "recurrent"]), checkpoint=draw.random() < 0.3)
+        model, T = make(kind, dtype, seed, **sizes), draw.randint(1, 30)
+        tokens = tokens_of(draw.randint(1, 2), T, seed)
+        # an encoder goes on where a segment begins, and a "full" one can't go on at all
+        ends = range(1, T) if causal else [] if kind == "full" else range(sizes["segment_len"], T, sizes["segment_len"])
+        ends = sorted(draw.sample(ends, draw.randint(0, min(4, len(ends)))))
+        case = f"seed {seed}: {kind}, {dtype}, {sizes}, cut at {ends} of {tuple(tokens.shape)}"
+        try:
+            logits, _ = chunked(model, tokens, np.diff([0, *ends, T]).tolist())
+            expected = torch.stack([torch.from_numpy(o_model(model, row)) for row in tokens])
+        except Exception as error:
+            raise AssertionError(case) from error
+        scale = max(1.0, expected.abs().max().item())
+        error = (logits.double() - expected).abs().max().item() / scale
+        assert error < (1e-9 if dtype == torch.float64 else 2e-3), f"{case}: {error}"
+
+
+@pytest.mark.parametrize("repeated", [False, True], ids=["random", "repeated"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_million_tokens_leave_finite_numbers_and_a_memory_that_counted_them_all(rule, dtype, repeated):
+    sizes = dict(d_model=8, n_layers=1, n_heads=1, d_key=4, d_value=4, d_ff=8, segment_len=64)
+    model, n = make("infini-" + rule, dtype, **sizes), 2 ** 20
+    tokens = torch.full((1, n), 3) if repeated else tokens_of(1, n)
+    logits, state = stream(model, tokens)
+    assert all(torch.isfinite(t).all() for t in (logits, *tensors_in(state))) and state[0].memory.M.abs().max() > 1
+    with torch.no_grad():                                        # each token's sigma(k), as often as the token was there
+        layer, every = model.blocks[0].attention, torch.arange(SMALL.vocab_size)[None]
+        k = layer.project(model.blocks[0].norm1(model.embedding(every)))[1][0, 0].double().numpy()
+    counts = np.bincount(tokens[0].numpy(), minlength=SMALL.vocab_size)
+    z = torch.from_numpy(sum(count * o_sigma(row) for count, row in zip(counts, k)))
+    same(state[0].memory.z[0, 0] / z, np.ones(4), 1e-3 if dtype == torch.float32 else 2e-2)
+
+
+def test_in_float32_the_memory_of_a_long_text_answers_as_in_float64():
+    for rule in RULES:
+        model, tokens = make("infini-" + rule, torch.float32), tokens_of(1, 2 ** 15)
+        wide = copy.deepcopy(model).double()
+        (logits, _), (expected, _) = (stream(m, tokens) for m in (model, wide))
+        assert 0 < (logits - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def train_until_killed(path, last, seconds, steps=200):
+    """In a process of its own: SIGKILL to itself so many seconds after `last` steps, wherever it is then."""
+    def loss_of(model, step):
+        seen.append(step)
+        if len(seen) == last:
+            threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        return toy_loss(model, step)
+    seen = []
+    train_toy(path, steps, loss_of, save_every=2, resume=True)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
+def test_a_training_that_is_killed_ten_times_ends_with_the_weights_of_one_that_is_not(tmp_path):
+    context, draw = multiprocessing.get_context("forkserver"), random.Random(0)
+    context.set_forkserver_preload(["test_infini", "torch._dynamo"])    # what an optimizer imports: once, not ten times
+    codes, done, path = [], [], tmp_path / "cut.pt"
+    for last in [*(draw.randint(4, 9) for _ in range(10)), None]:
+        process = context.Process(target=train_until_killed, args=(path, last, draw.uniform(0, 0.01)))
+        process.start()
+        process.join()
+        codes.append(process.exitcode)
+        done.append(len(train.read_checkpoint(path)["losses"]) if path.exists() else 0)
+    assert codes == [-signal.SIGKILL] * 10 + [0] and done == sorted(set(done)) and done[-1] == 200, (codes, done)
+    whole, losses = train_toy(tmp_path / "whole.pt", 200)
+    cut = train.read_checkpoint(path)
+    assert cut["losses"].tolist() == losses
+    assert all(torch.equal(p, cut["model"][name]) for name, p in whole.named_parameters())
+
+
+@pytest.mark.skipif(train.resource is None, reason="Windows has no limit for the size of a file")
+def test_a_full_disk_is_one_line_and_exit_code_2_and_what_was_saved_before_is_whole(folder, tmp_path, monkeypatch, capsys):
+    args, path = [*LM, "--data", folder, "--out", tmp_path], tmp_path / "lm-delta-seed0.pt"
+    assert command(monkeypatch, capsys, *args, script=train)[0] == 0
+    before, limits = path.read_bytes(), train.resource.getrlimit(train.resource.RLIMIT_FSIZE)
+    train.resource.setrlimit(train.resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        code, _, err = command(monkeypatch, capsys, *args, "--lr", 0.5, script=train)
+    finally:
+        train.resource.setrlimit(train.resource.RLIMIT_FSIZE, limits)
+    assert code == 2 and err.splitlines()[-1].startswith("error: ") and err.count("error") == 1
+    assert path.read_bytes() == before and not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("arguments", [["--out", "FILE"], ["--out", "FILE/deeper"], ["bench", "--csv", "/dev/full"]])
+def test_what_cannot_be_written_is_one_line_and_exit_code_2(arguments, folder, tmp_path, monkeypatch, capsys):
+    if "/dev/full" in arguments and not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    monkeypatch.setattr(train, "measurements", lambda sizes: [("what", 1.0, 2.0, "s", "<", 1.0)])
+    arguments = [a.replace("FILE", str(tmp_path / "file")) for a in arguments]
+    (tmp_path / "file").write_text("kept")
+    code, _, err = command(monkeypatch, capsys, *LM, "--data", folder, *arguments, script=train)
+    assert code == 2 and len(err.strip().splitlines()) == 1 and (tmp_path / "file").read_text() == "kept"
+
+
+def options_of(script, monkeypatch):
+    """The options of a script that take a value, from its own parser."""
+    found = []
+
+    def stop(parser, *_):
+        found.extend(action for action in parser._actions if action.option_strings and action.nargs != 0)
+        raise SystemExit
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Parser, "parse_args", stop)
+        with pytest.raises(SystemExit):
+            script.parse_arguments()
+    return found
+
+
+@pytest.fixture
+def nothing_runs(monkeypatch, tmp_path):
+    """Arguments are read, files opened, models made; where the work would begin the command ends with exit code 0."""
+    def stop(*_, **kw):
+        raise SystemExit(0)
+    for script, names in ((train, ("train", "generate", "measurements")), (passkey, ("train", "find", "needle_shares"))):
+        for name in names:
+            monkeypatch.setattr(script, name, stop)
+    monkeypatch.chdir(tmp_path)
+
+
+def refused(arguments, script, monkeypatch, capsys):
+    """Whether the command refuses the arguments. If it does, with one line and exit code 2: nothing else may happen."""
+    try:
+        code, _, err = command(monkeypatch, capsys, *arguments, script=script)
+    except BaseException as error:
+        raise AssertionError(f"{script.__name__}.py {arguments}") from error
+    assert code in (0, 2) and len(err.strip().splitlines()) == (code == 2), f"{script.__name__}.py {arguments}: {err}"
+    return code == 2
+
+
+def save_model(model, path, **settings):
+    train.write_checkpoint(path, dict(model=model.state_dict(), config=asdict(model.config), settings=settings,
+                                      losses=torch.zeros(1), gates=torch.zeros(0), optimizer=None))
+
+
+SCRIPTS = {"train.py": train, "passkey.py": passkey}
+ABSURD = ["0", "-1", "2147483648", "9" * 30, "1e999", "nan", "text", "", "\0", "missing/file", "FOLDER", "FILE"]
+
+
+@pytest.mark.parametrize("start", ["train.py", "train.py sample --load LM", "train.py bench", "passkey.py", "passkey.py capacity",
+                                   "passkey.py --load PASSKEY", "passkey.py dilution --load PASSKEY"])
+def test_absurd_values_of_every_argument_are_refused_in_one_line_or_taken(start, nothing_runs, folder, tmp_path, monkeypatch, capsys):
+    files = {name: tmp_path / name for name in ("LM", "PASSKEY", "FILE", "FOLDER")}
+    save_model(make(dtype=torch.float32, vocab_size=256), files["LM"], kind="delta", seed=0)
+    save_model(InfiniTransformer(passkey.model_config()), files["PASSKEY"], training="zero-shot", seed=0, digits=4)
+    files["FOLDER"].mkdir()
+    script, *base = [files.get(word, word) for word in start.split()]
+    base += [*LM, "--data", folder] if script == "train.py" else ["--steps", 1]
+    assert not refused(base, SCRIPTS[script], monkeypatch, capsys)
+    for option in options_of(SCRIPTS[script], monkeypatch):
+        free = option.type in (str, Path)                        # any text may be a name, a prompt or a path
+        if len(start.split()) > 1 and not free:
+            continue                                             # numbers are read alike in every command
+        for value in ABSURD:
+            files["FILE"].write_text("no checkpoint")            # for a command may be told to write there
+            arguments = [*base, option.option_strings[-1], files.get(value, value)]
+            was = refused(arguments, SCRIPTS[script], monkeypatch, capsys)
+            assert was or free or value in ("0", "-1", "2147483648"), arguments
+
+
+@pytest.mark.parametrize("start", ["train.py sample", "passkey.py", "passkey.py dilution"])
+def test_a_checkpoint_that_is_none_or_another_is_refused_in_one_line(start, nothing_runs, tmp_path, monkeypatch, capsys):
+    script, *base = start.split()
+    good = tmp_path / "good.pt"
+    save_model(InfiniTransformer(passkey.model_config()), good, training="zero-shot", seed=0, digits=4)
+    whole, content = good.read_bytes(), train.read_checkpoint(good)
+    for other in (b"", b"text", whole[:len(whole) // 2], whole[:-1], torch.zeros(3), [1], {}, dict(content, settings=None),
+                  dict(content, model={"a": torch.zeros(1)}), dict(content, config=None), dict(content, settings={}),
+                  *(dict(content, config=dict(content["config"], d_model=d)) for d in (62, 2 ** 50, "64", -1))):
+        torch.save(other, tmp_path / "bad.pt")
+        if isinstance(other, bytes):
+            (tmp_path / "bad.pt").write_bytes(other)
+        if script == "train.py" and isinstance(other, dict) and other.get("settings") == {}:
+            continue                                             # a model can be sampled from without knowing its training
+        assert refused([*base, "--load", tmp_path / "bad.pt"], SCRIPTS[script], monkeypatch, capsys), other
+    for path in (tmp_path, tmp_path / "missing.pt"):
+        assert refused([*base, "--load", path], SCRIPTS[script], monkeypatch, capsys)
+    assert not refused([*base, "--load", good, "--prompt" if script == "train.py" else "--text", "paper"], SCRIPTS[script],
+                       monkeypatch, capsys)
+
+
+def test_a_loaded_model_is_asked_for_keys_of_as_many_digits_as_it_was_trained_on(tmp_path, monkeypatch, capsys):
+    def listening(model, tasks, *rest):
+        asked.extend(len(task.answer) for task in tasks)
+        return [passkey.Found(64, 0.0, 1.0, 1.0, 1.0, 1.0)]
+    monkeypatch.setattr(passkey, "find", listening)
+    save_model(InfiniTransformer(passkey.model_config()), tmp_path / "a.pt", training="zero-shot", seed=0, digits=6)
+    for arguments, digits in (([], 6), (["--digits", 3], 3)):
+        asked = []
+        args = ["--load", tmp_path / "a.pt", "--lengths", 64, "--depths", 0, "--keys", 2, "--out", tmp_path, *arguments]
+        assert command(monkeypatch, capsys, *args)[0] == 0 and set(asked) == {digits}
+
+
+def test_the_benchmark_measures_every_row_and_says_what_is_missed(tmp_path, monkeypatch, capsys):
+    assert train.SMALL == {name: getattr(passkey.model_config(), name) for name in train.SMALL}
+    monkeypatch.setattr(train, "BENCH", dict(
+        repeats=1, rows=((1, 40),), paper_tokens=8, parallel_tokens=64, full_tokens=64, near=64, far=128, early=10, late=40,
+        new_tokens=2, segments=2, matrix=8))
+    monkeypatch.setattr(train, "in_new_process", lambda function, *args: function(*args))
+    code, out, err = command(monkeypatch, capsys, "bench", "--csv", tmp_path / "b.csv", script=train)
+    lines = (tmp_path / "b.csv").read_text().splitlines()
+    assert code == 0 and not err and len(lines) == 1 + 11 and out.count("\n") == 2 + 11 and torch.__version__ in out
+    assert out.count("missed") == sum(line.endswith("False") for line in lines) > 0
+
+
+def test_the_operations_that_the_benchmark_counts_are_those_that_pytorch_counts():
+    for rule in RULES:
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            step, counted = train.layer_step(4 * 2048, update=rule)
+            step()
+        assert 0.96 < counted / counter.get_total_flops() <= 1, rule
+
+
+def test_peak_memory_is_that_of_the_process_alone():
+    here = torch.ones(2 ** 26)                                   # 256 MB, of which a new process knows nothing
+    assert train.in_new_process(train.peak_memory) < train.peak_memory() - here.nbytes / 2 ** 20 / 2
+
+
+def test_no_syntax_is_newer_than_python_3_10():
+    root = Path(train.__file__).parent
+    sources = {path.name: path.read_text(encoding="utf-8") for path in root.glob("*.py")}
+    for path in root.glob("*.ipynb"):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        sources[path.name] = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    assert len(sources) >= 4
+    for name, source in sources.items():
+        ast.parse(source, name, feature_version=(3, 10))
 
 
 # --- README.md -----------------------------------------------------------------------------------------------------

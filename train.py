@@ -208,7 +208,7 @@ def read_checkpoint(path):
     data = Path(path).read_bytes()
     try:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        if not (isinstance(content, dict) and isinstance(content["config"], dict) and isinstance(content["settings"], dict)):
+        if not isinstance(content, dict) or {type(content[name]) for name in ("config", "settings")} != {dict}:
             raise TypeError
         return {name: content[name] for name in ("model", "config", "settings", "losses", "gates", "optimizer")}
     except Exception as error:
@@ -727,7 +727,7 @@ def measurements(b):
                                     for name, state in (("late", late), ("early", early))})
     yield (f"generate, time per token, {b.late:,} / {b.early:,} tokens into the text", us * written["late"],
            us * written["early"], "us", "<", 1.05)
-    text = text[:, :b.full_tokens]    # in calls of 512 tokens: in one, "full" would take 17 GB for the scores of a layer
+    text = text[:, :b.full_tokens]    # in calls of 512: in one, the scores of a layer of "full" would take 17 GB
     forward = medians(3, full=lambda: stream(full, text, chunk_len=512), infini=lambda: stream(model, text))
     yield (f"forward, small, {b.full_tokens:,} tokens, full / infini", forward["full"], forward["infini"], "s", ">", 20)
 
@@ -784,7 +784,7 @@ def parse_arguments():
             ("name", str, None, "of the checkpoint: OUT/lm-NAME-seedSEED.pt (default: the kind)")])
     parser.add_argument("--kind", choices=KINDS, default="delta", help="of attention or memory (default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="train with torch.compile")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="the table of bench for a program (default: OUT/bench.csv)")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="bench's table for a program (default: OUT/bench.csv)")
     for field in fields(InfiniConfig):
         if field.name not in ("vocab_size", "update", "attention", "causal"):    # these follow from --kind
             value = field.default
