@@ -770,9 +770,9 @@ def parse_arguments():
     add_common_arguments(parser)
     add_options(parser, [
             ("data", Path, None, "a text file, or a folder with a document per file (default: the standard library)"),
-            ("steps", whole(1), 3000, "training steps"), ("batch", whole(1, 2 ** 16), 4, "sequences per step"),
-            ("segments", whole(1), 16, "segments per sequence"), ("lr", number(0, 1), 2e-3, "learning rate"),
-            ("gate-lr", number(0, 1), 2e-2, "learning rate of the gates"),
+            ("steps", whole(1), 4000, "training steps"), ("batch", whole(1, 2 ** 16), 1, "sequences per step"),
+            ("segments", whole(1), 16, "segments per sequence"), ("lr", number(0, 1), 4e-3, "learning rate"),
+            ("gate-lr", number(0, 1), 1e-2, "learning rate of the gates"),
             ("weight-decay", number(0, 1), 0.0, "of the matrices"),
             ("windows", whole(1), 100, "held-out pieces to evaluate on"), ("seeds", whole(1), 3, "seeds, for compare"),
             ("lengths", several(whole(1)), "2,4,16,64", "segments per sequence, for lengths"),
@@ -791,6 +791,7 @@ def parse_arguments():
             kind = dict(action="store_true") if isinstance(value, bool) else dict(default=value, type={
                 int: whole(1, 2 ** 16), float: number(-1e9, 1e9), str: str}[type(value)])
             parser.add_argument("--" + field.name.replace("_", "-"), **kind, help=argparse.SUPPRESS)
+    parser.set_defaults(gate_init=-1.0)
     return parser.parse_args()
 
 
