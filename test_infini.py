@@ -2,6 +2,7 @@
 
 The oracle below is float64 NumPy, written from the equations as loops over single tokens: slow, plain, independent.
 """
+import argparse
 import ast
 import copy
 import hashlib
@@ -899,6 +900,18 @@ def test_a_training_that_is_interrupted_and_resumed_equals_one_that_is_not_bit_f
     assert loaded.config == whole.config and settings["seed"] == 0 and settings["lr"] == 1e-2
 
 
+def test_no_step_is_taken_with_a_gradient_longer_than_1(tmp_path, monkeypatch):
+    lengths, step = [], torch.optim.AdamW.step
+
+    def listen(optimizer, *args, **kw):
+        gradients = [p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]
+        lengths.append(torch.cat(gradients).norm().item())
+        return step(optimizer, *args, **kw)
+    monkeypatch.setattr(torch.optim.AdamW, "step", listen)
+    train_toy(tmp_path / "a.pt", steps=3, loss_of=lambda *at: (toy_loss(*at)[0] * 100, *toy_loss(*at)[1:]))
+    assert lengths == pytest.approx([1, 1, 1], rel=1e-3)
+
+
 def test_a_killed_training_loses_only_the_steps_since_the_last_save(tmp_path):
     def killed_at_step_5(model, step):
         if step == 5:
@@ -1051,6 +1064,14 @@ def test_compare_prints_a_row_for_every_kind_and_writes_its_files(folder, tmp_pa
     rows = (tmp_path / "compare.csv").read_text().splitlines()
     assert len(rows) == 1 + 2 * (4 * 16 + 4)                     # segments: four times the training length, but for "full"
     mean = np.mean([float(row.split(",")[3]) for row in rows if row.startswith("delta") and int(row.split(",")[2]) <= 4])
+    assert float(table["delta"].split()[4]) == pytest.approx(2 ** mean, rel=1e-3)      # per-byte perplexity
+    forgetful = []
+    for seed in (0, 1):
+        model, pieces = train.load_model(tmp_path / f"lm-delta-seed{seed}.pt")[0], train.windows(train.read_documents(folder)[1], 129, 3)
+        costs = [-model(piece[:, :-1])[0].log_softmax(-1).gather(-1, piece[:, 1:, None]).mean()      # of 8 bytes alone
+                 for piece in (pieces[:, i:i + 9] for i in range(0, 32, 8))]
+        forgetful.append(torch.stack(costs).mean().item() / math.log(2))
+    assert float(table["delta"].split()[5]) == pytest.approx(np.mean(forgetful), abs=2e-4)
     assert table["delta"].split()[1] == f"{mean:.4f}" and (tmp_path / "context.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -1313,6 +1334,44 @@ def test_the_command_trains_prints_a_table_and_writes_its_files(tmp_path, monkey
     assert code == 0 and len(again) == 8 * 4 and "plain delta 0 decoy" in out
     measured = [[row.split(",")[:8] for row in some if ",paper," in row and "plain,delta" in row] for some in (rows, again)]
     assert measured[0] == measured[1] and len(measured[0]) == 4
+
+
+def test_each_row_of_the_table_is_trained_as_the_readme_and_the_docstring_say(tmp_path, monkeypatch):
+    args, done = argparse.Namespace(seed=5, steps=None, digits=4, device="cpu", out=tmp_path, resume=False), {}
+
+    def listen(model, loss_of, steps, path, lr, gate_lr, **kw):
+        start = {name: p.detach().clone() for name, p in model.named_parameters()}
+        done[path.stem] = model.config, start, steps, lr, gate_lr, kw["settings"]["training"]
+        train.write_checkpoint(path, dict(model=model.state_dict(), config=asdict(model.config), settings={}, losses=0, gates=0,
+                                          optimizer=0))
+    monkeypatch.setattr(passkey, "train", listen)
+    zero = passkey.train_one(args, "zero-shot", update="linear")
+    for training in ("plain", "fast-forward"):
+        passkey.train_one(args, training, zero, update="linear")
+    for training in ("one-rate", "local"):
+        passkey.train_one(args, training, **({} if training == "local" else dict(update="linear")))
+    rows = {who: (config.attention, steps, lr, gate_lr, training) for who, (config, _, steps, lr, gate_lr, training) in done.items()}
+    assert rows == {"passkey-zero-shot-linear-seed5": ("infini", 4800, 4e-3, 1e-2, "zero-shot"),
+                    "passkey-plain-linear-seed5": ("infini", 1600, 2e-3, 1e-2, "plain"),
+                    "passkey-fast-forward-linear-seed5": ("infini", 1600, 2e-3, 1e-2, "fast-forward"),
+                    "passkey-one-rate-linear-seed5": ("infini", 4800, 4e-3, 4e-3, "one-rate"),
+                    "passkey-local-seed5": ("local", 4800, 4e-3, 1e-2, "local")}
+    starts = [start for _, start, *_ in done.values()]
+    for name, weight in starts[0].items():                       # all begin alike, fine-tuning where zero-shot ended
+        assert all(torch.equal(weight, start[name]) for start in starts if name in start), name
+    assert all(p.config.update == "linear" for p in [train.load_model(zero)[0]])
+
+
+def test_the_papers_numbers_beside_ours_are_those_of_its_table_3():
+    rows = {(training, rule): [tuple(map(int, cell.split("/"))) for cell in cells.split()]
+            for (training, rule), cells in passkey.PAPER.items()}
+    columns = {at: {who: [cell[i] for cell in cells] for who, cells in rows.items()} for i, at in enumerate(("start", "middle", "end"))}
+    assert columns["start"] == {("zero-shot", "linear"): [14, 11, 6, 6, 8], ("zero-shot", "delta"): [13, 6, 7, 6, 7],
+                                ("plain", "linear"): [100, 100, 100, 97, 96], ("plain", "delta"): [100] * 5}
+    assert columns["middle"] == {("zero-shot", "linear"): [13, 14, 3, 7, 6], ("zero-shot", "delta"): [11, 9, 5, 8, 6],
+                                 ("plain", "linear"): [100, 100, 100, 99, 94], ("plain", "delta"): [100] * 5}
+    assert columns["end"] == {("zero-shot", "linear"): [98, 100, 100, 99, 98], ("zero-shot", "delta"): [99, 99, 99, 97, 97],
+                              ("plain", "linear"): [100] * 5, ("plain", "delta"): [100, 99, 99, 100, 100]}
 
 
 def test_the_command_measures_how_thin_a_key_gets(tmp_path, monkeypatch, capsys):
