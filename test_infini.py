@@ -1609,11 +1609,12 @@ def test_the_benchmark_measures_every_row_and_says_what_is_missed(tmp_path, monk
     assert train.SMALL == {name: getattr(passkey.model_config(), name) for name in train.SMALL}
     monkeypatch.setattr(train, "BENCH", dict(
         repeats=1, rows=((1, 40),), paper_tokens=8, parallel_tokens=64, full_tokens=64, near=64, far=128, early=10, late=40,
-        new_tokens=2, segments=2, matrix=8))
+        new_tokens=2, segments=2, matrix=8, drift=(8, 400)))
     monkeypatch.setattr(train, "in_new_process", lambda function, *args: function(*args))
     code, out, err = command(monkeypatch, capsys, "bench", "--csv", tmp_path / "b.csv", script=train)
     lines = (tmp_path / "b.csv").read_text().splitlines()
-    assert code == 0 and not err and len(lines) == 1 + 11 and out.count("\n") == 2 + 11 and torch.__version__ in out
+    assert code == 0 and not err and len(lines) == 1 + 11 and out.count("\n") == 2 + 11 + 4 and torch.__version__ in out
+    assert all(0 < float(error) < 2e-6 for line in out.splitlines()[-2:] for error in line.split()[1:])      # float32
     assert out.count("missed") == sum(line.endswith("False") for line in lines) > 0
 
 

@@ -621,7 +621,7 @@ SMALL = dict(vocab_size=53, d_model=64, n_layers=2, n_heads=4, d_key=32, d_value
 PAPER_LAYER = dict(d_model=1024, n_heads=8, d_key=128, d_value=128, segment_len=2048)
 BENCH = dict(repeats=5, rows=((16, 64), (9, 112), (4, 256)), paper_tokens=16384, parallel_tokens=8192,
              full_tokens=2 ** 15, near=2 ** 15, far=2 ** 20, early=100, late=100_000, new_tokens=320, segments=64,
-             matrix=4096)    # rows: (batch, length) of the three small steps that are timed together, as in passkey.py
+             matrix=4096, drift=(2 ** 10, 2 ** 15, 2 ** 20))    # rows: (batch, length) of the three small steps that are timed together, as in passkey.py
 
 
 def medians(repeats, **actions):
@@ -732,6 +732,18 @@ def measurements(b):
     yield (f"forward, small, {b.full_tokens:,} tokens, full / infini", forward["full"], forward["infini"], "s", ">", 20)
 
 
+def drift(lengths, **config):
+    """How far float32 is from float64 after so many tokens: the largest difference of logits, over the largest logit."""
+    model = InfiniTransformer(InfiniConfig(**SMALL, **config))
+    exact = InfiniTransformer(model.config).double()
+    exact.load_state_dict(model.state_dict())
+    text, state, right_state = random_tokens(SMALL["vocab_size"], 1, max(lengths)), None, None
+    for start, end in zip([0, *lengths], lengths):
+        logits, state = stream(model, text[:, start:end], state)
+        right, right_state = stream(exact, text[:, start:end], right_state)
+        yield ((logits - right).abs().max() / right.abs().max()).item()
+
+
 def processor():
     """The name of the processor, as far as the system tells it."""
     try:
@@ -756,6 +768,10 @@ def bench(args):
                   f"{'' if reached else '  missed'}", flush=True)
             rows.writerow([what, first, second, unit, ratio, f"{sign}= {goal}", reached])
             file.flush()
+    lengths = BENCH["drift"]
+    print(f"\nfloat32 against float64, logits wrong by (after {', '.join(f'{n:,}' for n in lengths)} random tokens)")
+    for rule in ("linear", "delta"):
+        print(f"    {rule:8}" + "".join(f"{error:12.1e}" for error in drift(lengths, update=rule)), flush=True)
 
 
 COMMANDS = dict(train=train_command, compare=compare, lengths=lengths, gates=gates, plug=plug, sample=sample,
