@@ -619,9 +619,9 @@ def sample(args):
 SMALL = dict(vocab_size=53, d_model=64, n_layers=2, n_heads=4, d_key=32, d_value=32, d_ff=256, segment_len=32,
              rope_base=50.0, gate_init=-2.0)    # the model of passkey.py
 PAPER_LAYER = dict(d_model=1024, n_heads=8, d_key=128, d_value=128, segment_len=2048)
-BENCH = dict(repeats=5, rows=((16, 64), (9, 112), (4, 256)), paper_tokens=16384, parallel_tokens=8192,
-             full_tokens=2 ** 15, near=2 ** 15, far=2 ** 20, early=100, late=100_000, new_tokens=320, segments=64,
-             matrix=4096, drift=(2 ** 10, 2 ** 15, 2 ** 20))    # rows: (batch, length) of the three small steps that are timed together, as in passkey.py
+BENCH = dict(rows=((16, 64), (9, 112), (4, 256)),    # (batch, length) of three small steps, timed together, as in passkey.py
+             repeats=5, paper_tokens=16384, parallel_tokens=8192, full_tokens=2 ** 15, near=2 ** 15, far=2 ** 20,
+             early=100, late=100_000, new_tokens=320, segments=64, matrix=4096, drift=(2 ** 10, 2 ** 15, 2 ** 20))
 
 
 def medians(repeats, **actions):
