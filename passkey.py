@@ -467,8 +467,9 @@ def table(args, rules):
     if path.is_dir() or not path.parent.is_dir():
         raise ValueError(f"--csv was {path}, must be a file in a folder that exists")
     models = [load_for_table(path, args.device) for path in args.load or train_all(args, rules)]
-    results, depths = [], "/".join(f"{depth:.0%}" for depth in args.depths) + ", the lowest" * (len(args.depths) > 3)
-    print(f"\nDigits right in %, key at {depths} of the hay, {args.keys} held-out keys a cell, half as many beyond 32K")
+    results, few = [], len(args.depths) < 4
+    depths = "/".join(f"{depth:.0%}" for depth in args.depths) + " of the hay" if few else f"the worst of {len(args.depths)} depths"
+    print(f"\nDigits right in %, key at {depths}, {args.keys} held-out keys a cell, half as many beyond 32K")
     print_row("training, rule, seed", [short(n) for n in args.lengths])
     with open(path, "w", newline="") as file:
         rows = csv.writer(file)
