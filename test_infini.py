@@ -1077,7 +1077,7 @@ def test_compare_prints_a_row_for_every_kind_and_writes_its_files(folder, tmp_pa
 
 @pytest.mark.parametrize("what", ["gates", "lengths", "plug"])
 def test_the_other_experiments_run(what, folder, tmp_path, monkeypatch, capsys):
-    code, out, _ = command(monkeypatch, capsys, what, *LM, "--lengths", "1,4", "--plug-gate", -30, "--lr", 1e-9, "--gate-lr", 1e-9,
+    code, out, _ = command(monkeypatch, capsys, what, *LM, "--lengths", "1,4", "--plug-gate", -30, "--lr", 1e-9, "--gate-lr", 2e-9,
                            "--seeds", 2, "--data", folder, "--out", tmp_path, script=train)
     assert code == 0 and (tmp_path / f"{what}.png").read_bytes().startswith(b"\x89PNG")
     if what == "plug":                                           # a closed gate: it begins exactly where "local" ended
@@ -1085,7 +1085,17 @@ def test_the_other_experiments_run(what, folder, tmp_path, monkeypatch, capsys):
         assert starts[0] == starts[1] == starts[2] and re.fullmatch(r"\d\.\d{4}", starts[0][0])
         assert len((tmp_path / "plug.csv").read_text().splitlines()) == 1 + 3
     if what == "gates":
-        assert out.count("0.500") == 2 * 2 * 2
+        assert out.count("0.269") == 2 * 2 * 2                   # sigmoid(-1)
+        for rate in ("2e-09", "1e-09"):
+            assert train.load_model(tmp_path / f"lm-delta-gates-{rate}-seed0.pt")[1]["gate_lr"] == float(rate)
+    if what == "lengths":
+        costs = {}
+        for cut in (1, 4):
+            models = [train.load_model(tmp_path / f"lm-delta-{cut}-segments-seed{seed}.pt")[0] for seed in (0, 1)]
+            pieces = train.windows(train.read_documents(folder)[1], 33, 3)
+            costs[cut] = torch.stack([train.bits(model, pieces).mean() for model in models])
+            assert f"trained in {cut} segments: bits per byte in 4 {costs[cut].mean():.4f} +- {costs[cut].std():.4f}" in out
+        assert len((tmp_path / "lengths.csv").read_text().splitlines()) == 1 + 2 * 3
 
 
 def test_whatever_the_length_of_its_sequences_a_model_is_trained_on_the_same_bytes(folder):
@@ -1576,7 +1586,7 @@ def test_absurd_values_of_every_argument_are_refused_in_one_line_or_taken(start,
 def test_a_checkpoint_that_is_none_or_another_is_refused_in_one_line(start, nothing_runs, tmp_path, monkeypatch, capsys):
     script, *base = start.split()
     good = tmp_path / "good.pt"
-    save_model(InfiniTransformer(passkey.model_config()), good, training="zero-shot", seed=0, digits=4)
+    save_model(InfiniTransformer(passkey.model_config(**(dict(vocab_size=256) if script == "train.py" else {}))), good, training="zero-shot", seed=0, digits=4)
     whole, content = good.read_bytes(), train.read_checkpoint(good)
     for other in (b"", b"text", whole[:len(whole) // 2], whole[:-1], torch.zeros(3), [1], {}, dict(content, settings=None),
                   dict(content, model={"a": torch.zeros(1)}), dict(content, config=None), dict(content, settings={}),
@@ -1626,6 +1636,7 @@ def test_the_operations_that_the_benchmark_counts_are_those_that_pytorch_counts(
         assert 0.96 < counted / counter.get_total_flops() <= 1, rule
 
 
+@pytest.mark.skipif(train.resource is None, reason="Windows does not count it")
 def test_peak_memory_is_that_of_the_process_alone():
     here = torch.ones(2 ** 26)                                   # 256 MB, of which a new process knows nothing
     assert train.in_new_process(train.peak_memory) < train.peak_memory() - here.nbytes / 2 ** 20 / 2
@@ -1680,8 +1691,26 @@ def test_the_readmes_example_runs():
 
 
 def test_every_departure_in_the_code_is_a_row_of_the_readme():
-    code = Path(infini.__file__).read_text(encoding="utf-8") + Path(train.__file__).read_text(encoding="utf-8")
-    assert README.count("\n| ", README.index("| the paper | here |")) >= code.count("Departure: ") >= 6
+    code = "".join(Path(module.__file__).read_text(encoding="utf-8") for module in (infini, train))
+    table = README[README.index("| the paper | here |"):].split("\n\n")[0]
+    assert table.count("\n| ") >= code.count("Departure: ") >= 6
+
+
+@pytest.mark.parametrize("error, line", [(ValueError("a was 1, must be 2"), "error: a was 1, must be 2"),
+                                         (OSError(28, "No space left on device"), "error: [Errno 28] No space left on device"),
+                                         (MemoryError(), "error: out of memory"), (ValueError("\nfirst\nsecond"), "error: first"),
+                                         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes"), None),
+                                         (RuntimeError("CUDA error: an illegal memory access"), False), (TypeError("a"), False)])
+def test_what_the_user_did_wrong_is_one_line_and_a_mistake_of_ours_a_traceback(error, line, capsys):
+    def main():
+        raise error
+    if line is False:
+        with pytest.raises(type(error)):
+            train.run(main)
+    else:
+        with pytest.raises(SystemExit) as stop:
+            train.run(main)
+        assert stop.value.code == 2 and capsys.readouterr().err == (line or f"error: {error}") + "\n"
 
 
 # --- walkthrough.ipynb ---------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
     python train.py                         train one model (Infini-attention, Linear + Delta), say how good it is
     python train.py compare                 local, xl, Infini Linear, Infini Linear + Delta, full: three seeds of each
     python train.py lengths                 does it matter in how long sequences a model was trained? (section 4.2)
+    python train.py gates                   where the gates go, with a learning rate of their own and without (Figure 3)
     python train.py plug                    give a trained model without memory one (section 4.3)
     python train.py sample --load FILE      continue a text, byte by byte
     python train.py bench                   time and memory, beside attention without memory
@@ -238,7 +239,7 @@ def draw_lines(curves, path, xlabel, ylabel, xscale="log"):
     """Curves in a PNG file, and their points in a CSV file beside it. curves: {name: (x, y)}."""
     figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
     for name, (x, y) in curves.items():
-        axis.plot(x, y, "o-", markersize=3, label=name)
+        axis.plot(x, y, "o-", markersize=3, label=name.replace("$", r"\$"))
     axis.set_xscale(xscale, **(dict(base=2) if xscale == "log" else {}))
     axis.set(xlabel=xlabel, ylabel=ylabel)
     axis.grid(alpha=0.3)
@@ -334,9 +335,10 @@ def run(main):
         print(f"\n{str(stop) or 'stopped'}", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
             raise
-        print("error:", str(error).splitlines()[0] if str(error) else "out of memory", file=sys.stderr)
+        text = str(error).strip() or ("out of memory" if isinstance(error, MemoryError) else repr(error))
+        print("error:", text.splitlines()[0], file=sys.stderr)
         sys.exit(2)
 
 
@@ -437,15 +439,18 @@ def numbers_in(state):
     return sum(part.numel() for s in state for part in (*(s.memory or ()), s.k, s.v))
 
 
-def train_lm(args, kind, model=None, cut=None, **changes):
-    """Train a model of a kind, from the start or onwards. cut: segments per sequence, if the sequences that are drawn are
-    cut in shorter ones. changes: to args. Returns it and its losses, bits per byte: (step, mean of a hundredth)."""
+def train_lm(args, kind, model=None, cut=None, name=None, **changes):
+    """Train a model of a kind, from the start or onwards, and leave it in OUT/lm-[--name-]NAME-seedSEED.pt.
+
+    cut: segments per sequence, if the sequences that are drawn are cut in shorter ones. name: default, the kind.
+    changes: to args. Returns the model, its losses in bits per byte: (steps, means up to there), and its path.
+    """
     args = argparse.Namespace(**{**vars(args), **changes})
     torch.manual_seed(args.seed)
     sizes = {field.name: getattr(args, field.name) for field in fields(InfiniConfig) if hasattr(args, field.name)}
     model = (model or InfiniTransformer(InfiniConfig(**{**sizes, **KINDS[kind]}))).to(args.device)
     length, cut = args.segments * args.segment_len, (cut or args.segments) * args.segment_len
-    path = args.out / f"lm-{args.name or kind}-seed{args.seed}.pt"
+    path = args.out / "-".join(["lm", *filter(None, [args.name]), name or kind, f"seed{args.seed}.pt"])
     print(f"{path.stem}: {args.steps} steps of {args.batch * length // cut} x {cut:,} bytes, "
           f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     if args.compile:
@@ -454,16 +459,11 @@ def train_lm(args, kind, model=None, cut=None, **changes):
     settings = dict(draws, kind=kind, data=str(args.data), n_bytes=sum(map(len, args.documents[0])))
     losses = train(model, lm_loss(args.documents[0], device=args.device, **draws), args.steps, path, args.lr,
                    args.gate_lr, args.weight_decay, resume=args.resume, settings=settings)
-    means = [sum(part) / len(part) / math.log(2) for part in hundredths(losses)]
-    curve = [(i + 1) * args.steps / len(means) for i in range(len(means))], means
+    n = math.ceil(len(losses) / 100)
+    ends = [*range(n, len(losses), n), len(losses)]
+    curve = ends, [sum(losses[end - n:end]) / n / math.log(2) for end in ends]
     draw_lines({path.stem: curve}, path.with_suffix(".png"), "step", "training loss (bits per byte)", xscale="linear")
-    return model.eval(), curve
-
-
-def hundredths(values):
-    """A list cut in a hundred parts, or fewer if it is short."""
-    n = math.ceil(len(values) / 100)
-    return [values[i:i + n] for i in range(0, len(values), n)]
+    return model.eval(), curve, path
 
 
 def held_out(args, segments):
@@ -488,7 +488,7 @@ def mean_and_deviation(values):
 def train_command(args):
     """Train one model, and say what it is worth on documents that it has not seen."""
     tokens = held_out(args, args.segments)
-    model, _ = train_lm(args, args.kind)
+    model, _, _ = train_lm(args, args.kind)
     print(f"{bits(model, tokens).mean():.4f} bits per byte on {len(tokens)} held-out pieces "
           f"of {tokens.shape[1] - 1:,} bytes")
     if model.config.attention == "infini":
@@ -512,7 +512,7 @@ def compare(args):
         rows.writerow(["kind", "seed", "segment", "bits_per_byte"])
         for seed in range(args.seed, args.seed + args.seeds):
             for kind in KINDS:
-                model, _ = train_lm(args, kind, seed=seed, name=f"{args.name}-{kind}" if args.name else kind)
+                model, _, _ = train_lm(args, kind, seed=seed)
                 seen = tokens[:, :length + 1] if kind == "full" else tokens    # it knows no positions beyond training
                 cost = bits_by_segment(model, seen)
                 rows.writerows([kind, seed, i + 1, cost_i] for i, cost_i in enumerate(cost.tolist()))
@@ -543,8 +543,8 @@ def lengths(args):
     for segments in args.lengths:
         costs = []
         for seed in range(args.seed, args.seed + args.seeds):
-            model, _ = train_lm(args, args.kind, cut=segments, segments=most, seed=seed,
-                                batch=max(1, args.batch * args.segments // most), name=f"{args.kind}-{segments}-segments")
+            model, _, _ = train_lm(args, args.kind, cut=segments, name=f"{args.kind}-{segments}-segments", seed=seed,
+                                   segments=most, batch=max(1, args.batch * args.segments // most))
             costs.append(bits_by_segment(model, tokens))
         costs = torch.stack(costs)
         print(f"trained in {segments} segments: bits per byte in {most} {mean_and_deviation(costs.mean(1))}, in the first "
@@ -560,11 +560,9 @@ def gates(args):
         raise ValueError(f"--kind was {args.kind!r}, must be linear or delta to have gates")
     figure, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained")
     for column, gate_lr in zip(axes.T, (args.gate_lr, args.lr)):
-        name = f"{args.kind}-gates-{gate_lr:g}"
-        model, _ = train_lm(args, args.kind, gate_lr=gate_lr, name=name)
+        model, _, path = train_lm(args, args.kind, name=f"{args.kind}-gates-{gate_lr:g}", gate_lr=gate_lr)
         print_gates(model)
-        paths = read_checkpoint(args.out / f"lm-{name}-seed{args.seed}.pt")["gates"].permute(1, 2, 0)
-        for layer, heads in enumerate(paths):
+        for layer, heads in enumerate(read_checkpoint(path)["gates"].permute(1, 2, 0)):
             for i, head in enumerate(heads):
                 steps = math.ceil(args.steps / 100) * torch.arange(1, len(head) + 1)
                 column[1].plot(steps, head, color=f"C{layer}", label=f"layer {layer + 1}" if i == 0 else None)
@@ -582,11 +580,11 @@ def plug(args):
     tokens, steps = held_out(args, args.segments), max(1, args.steps // 10)
     before, after, curves = {}, {}, {}
     for seed in range(args.seed, args.seed + args.seeds):
-        local, _ = train_lm(args, "local", seed=seed)
+        local, _, _ = train_lm(args, "local", seed=seed)
         starts = {rule: inject_memory(local, rule, args.plug_gate) for rule in ("linear", "delta")}
         for kind, model in {"local": local, **starts}.items():
             before.setdefault(kind, []).append(bits(model, tokens).mean())
-            model, curve = train_lm(args, kind, model, steps=steps, lr=args.lr / 2, seed=seed + 1000, name=f"plug-{kind}")
+            model, curve, _ = train_lm(args, kind, model, name=f"plug-{kind}", steps=steps, lr=args.lr / 2, seed=seed + 1000)
             after.setdefault(kind, []).append(bits(model, tokens).mean())
             curves.setdefault(kind, []).append(curve[1])
     print(f"\nbits per byte on {len(tokens)} held-out pieces, {args.seeds} seeds, mean +- standard deviation")
@@ -606,6 +604,8 @@ def sample(args):
         raise ValueError("--load was missing, must be a checkpoint to sample from")
     sys.stdout.reconfigure(errors="replace")    # for terminals that can't show every character
     model, _ = load_model(args.load, args.device)
+    if model.config.vocab_size != 256:
+        raise ValueError(f"--load was {args.load}, must be a language model of bytes")
     text, decoder = args.prompt.encode(), codecs.getincrementaldecoder("utf-8")(errors="replace")
     print(args.prompt, end="", flush=True)
     generate(model, torch.tensor([list(text)], device=args.device), args.bytes, args.temperature, args.top_p,
@@ -734,6 +734,7 @@ def measurements(b):
 
 def drift(lengths, **config):
     """How far float32 is from float64 after so many tokens: the largest difference of logits, over the largest logit."""
+    torch.manual_seed(0)
     model = InfiniTransformer(InfiniConfig(**SMALL, **config))
     exact = InfiniTransformer(model.config).double()
     exact.load_state_dict(model.state_dict())
@@ -790,14 +791,14 @@ def parse_arguments():
             ("segments", whole(1), 16, "segments per sequence"), ("lr", number(0, 1), 4e-3, "learning rate"),
             ("gate-lr", number(0, 1), 1e-2, "learning rate of the gates"),
             ("weight-decay", number(0, 1), 0.0, "of the matrices"),
-            ("windows", whole(1), 100, "held-out pieces to evaluate on"), ("seeds", whole(1), 3, "seeds, for compare"),
+            ("windows", whole(1), 100, "held-out pieces to evaluate on"), ("seeds", whole(1), 3, "seeds, for compare, lengths and plug"),
             ("lengths", several(whole(1)), "2,4,16,64", "segments per sequence, for lengths"),
             ("plug-gate", number(-100, 100), -4.0, "beta of a memory that is plugged in"),
             ("load", Path, None, "checkpoint to sample from"), ("prompt", str, "def main():\n", "text to continue"),
             ("bytes", whole(1), 500, "to write"),
             ("temperature", number(0, 100), 0.8, "of samples; 0: the likeliest byte"),
             ("top-p", number(0, 1), 0.95, "sample from the likeliest bytes that together have this probability"),
-            ("name", str, None, "of the checkpoint: OUT/lm-NAME-seedSEED.pt (default: the kind)")])
+            ("name", str, None, "goes before the kind in the names of checkpoints")])
     parser.add_argument("--kind", choices=KINDS, default="delta", help="of attention or memory (default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="train with torch.compile")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="bench's table for a program (default: OUT/bench.csv)")
