@@ -43,7 +43,8 @@ HAY = "The grass is green. The sky is blue. The sun is yellow. Here we go. There
 OTHER_HAY = "The sun is green. Here is the grass. Find it again and again. There is a lot of yellow text."
 NEEDLE = "The pass key is {0}. Remember it. {0} is the pass key."
 QUESTION = "What is the pass key? The pass key is"
-NAMED, NAMED_QUESTION = "The pass key of {1} is {0}.", "What is the pass key of {1}? The pass key of {1} is"
+NAMED = "The pass key of {1} is {0}. {0} is the pass key of {1}."
+NAMED_QUESTION = "What is the pass key of {1}? The pass key of {1} is"
 DECOY = "The blue info is {1}. Find it. {1} is the blue info."
 TEXTS = {    # what models are evaluated on, the paper's text and departures from it: hay, needle, digits if not as told
     "paper": ("paper", NEEDLE, None), "shuffled": ("shuffled", NEEDLE, None), "other": ("other", NEEDLE, None),
@@ -242,7 +243,7 @@ def named_tasks(rng, rows, n_keys, digits, held_out):
 def named_loss(model, rng, digits, tokens_per_step, grown, **_):
     """Loss on whole inputs with little hay and up to 32 named keys."""
     n_keys, total = int(len(NAMES) ** (grown * rng.random())), rng.randint(1, 4)
-    rows = max(1, tokens_per_step // (SHORTEST + 11 * n_keys + PARAGRAPH * total))
+    rows = max(1, tokens_per_step // (SHORTEST + len(words(NAMED)) * n_keys + PARAGRAPH * total))
     return whole_input_loss(model, rng, named_tasks(rng, rows, n_keys, digits, held_out=False), total)
 
 
