@@ -63,6 +63,7 @@ class InfiniConfig:
     causal: bool = True          # False: the encoder variant, in which a segment sees all of itself
     rope_base: float = 100.0     # small, since positions count inside the segment only
     gate_init: float = 0.0       # beta at the start; 0: half memory, half segment
+    gate_step: float = 0.0       # from one head's beta at the start to the next one's, so that their mean is gate_init
     form: str = "parallel"       # all complete segments at once, or "recurrent": one after the other. Same numbers.
     checkpoint: bool = False     # in training, recompute each segment in the backward pass instead of storing it
 
@@ -82,6 +83,7 @@ class InfiniConfig:
                 require(ok, name, repr(value), "a number")
         require(self.d_key % 2 == 0, "d_key", self.d_key, "even (RoPE turns pairs of features)")
         require(0 < self.rope_base < math.inf, "rope_base", self.rope_base, "positive and finite")
+        require(abs(self.gate_step) < math.inf, "gate_step", self.gate_step, "finite")
 
 
 # --- Background: three layers of one shape, (input, state) -> (output, state) -----------------------------------------
@@ -267,7 +269,8 @@ class InfiniAttention(nn.Module):
         self.w_v = nn.Linear(c.d_model, c.n_heads * c.d_value, bias=False)
         self.w_o = nn.Linear(c.n_heads * c.d_value, c.d_model, bias=False)
         if c.attention == "infini":
-            self.beta = nn.Parameter(torch.full((c.n_heads,), float(c.gate_init)))    # all that the memory adds
+            from_middle = torch.arange(c.n_heads) - (c.n_heads - 1) / 2
+            self.beta = nn.Parameter(c.gate_init + c.gate_step * from_middle)    # all that the memory adds
         self.N = sys.maxsize if c.attention == "full" else c.segment_len    # full attention: a segment without end
         self.prior = c.segment_len if c.attention == "xl" else 0            # tokens kept of the segment before
 
@@ -355,8 +358,12 @@ class InfiniAttention(nn.Module):
         """Local attention with positions. Only here: the memory has seen q and k without them (section 4.1)."""
         T, L = q.shape[-2], k.shape[-2]
         positions = torch.arange(L, device=q.device)    # Departure: they count inside the segment (for xl, the two)
-        base = self.config.rope_base
-        return local_attention(rotary(q, positions[L - T:], base), rotary(k, positions, base), v, self.config.causal)
+        q, k = (rotary(y, positions[L - y.shape[-2]:], self.config.rope_base) for y in (q, k))
+        if self.config.attention == "full":    # the baseline whose cost is all here: fused, for scores by the million
+            square = T == L and self.config.causal
+            mask = None if T == L else torch.ones(T, L, dtype=torch.bool, device=q.device).tril(L - T)
+            return F.scaled_dot_product_attention(q, k, v, mask, is_causal=square)
+        return local_attention(q, k, v, self.config.causal)
 
     def check(self, state, x):
         """Refuse a state that belongs to another model, batch or device, or one that an encoder can't go on from."""
@@ -467,7 +474,8 @@ def inject_memory(model, update="delta", gate_init=0.0):
     `gate_init`: very negative (-20) changes nothing yet, 0 gives the untrained memory half the say at once.
     """
     require(model.config.attention == "local", "attention of the model", repr(model.config.attention), "'local'")
-    new = InfiniTransformer(replace(model.config, attention="infini", update=update, gate_init=gate_init))
+    new = InfiniTransformer(replace(model.config, attention="infini", update=update, gate_init=gate_init,
+                                    gate_step=0.0))
     new.to(model.embedding.weight).load_state_dict(model.state_dict(), strict=False)    # all but the betas
     return new.train(model.training)
 

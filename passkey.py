@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 
 from infini import InfiniConfig, InfiniTransformer, Memory, State, generate, retrieve, sigma, stream
-from train import (Parser, Progress, add_common_arguments, add_options, draw_lines, heat_map, load_model, panels,
+from train import (SMALL, Parser, Progress, add_common_arguments, add_options, draw_lines, heat_map, load_model, panels,
                    peak_memory, prepare, run, several, train, whole)
 
 INTRO = ("There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
@@ -43,8 +43,8 @@ HAY = "The grass is green. The sky is blue. The sun is yellow. Here we go. There
 OTHER_HAY = "The sun is green. Here is the grass. Find it again and again. There is a lot of yellow text."
 NEEDLE = "The pass key is {0}. Remember it. {0} is the pass key."
 QUESTION = "What is the pass key? The pass key is"
-NAMED = "The pass key of {1} is {0}. {0} is the pass key of {1}."
-NAMED_QUESTION = "What is the pass key of {1}? The pass key of {1} is"
+NAMED = "Remember {0} {1}."    # a name, and its key of one digit
+NAMED_QUESTION = "Remember {0}"
 DECOY = "The blue info is {1}. Find it. {1} is the blue info."
 TEXTS = {    # what models are evaluated on, the paper's text and departures from it: hay, needle, digits if not as told
     "paper": ("paper", NEEDLE, None), "shuffled": ("shuffled", NEEDLE, None), "other": ("other", NEEDLE, None),
@@ -54,7 +54,7 @@ SHORTEST = 64    # tokens of a training input, at least
 DIGITS = 4       # of a key
 TRAININGS = {    # steps, tokens in the longest input, tokens in a step
     "local": (4800, 256, 1024), "one-rate": (4800, 256, 1024), "zero-shot": (4800, 256, 1024),
-    "plain": (1600, 5000, 5000), "fast-forward": (1600, 1024, 2048), "named": (9600, None, 1024)}
+    "plain": (1600, 5000, 5000), "fast-forward": (1600, 1024, 2048), "named": (4000, None, 4096)}
 TUNED = ("plain", "fast-forward")    # these go on where zero-shot ended
 ROWS = [training for training in TRAININGS if training != "named"]    # of the table
 
@@ -75,7 +75,7 @@ def words(text):
 VOCABULARY = sorted(set(words("0123456789" + INTRO + HAY + NEEDLE + QUESTION)) - {"{", "}"})
 TOKEN = {word: i for i, word in enumerate(VOCABULARY)}
 WORDS = [word for word in VOCABULARY if not word.isdigit()]
-NAMES = [word for word in WORDS if word.isalpha() and word not in words(NAMED_QUESTION)][:32]
+NAMES = [word for word in WORDS if word.isalpha() and word not in words(f"{QUESTION} {NAMED}")][:32]
 PARAGRAPH = len(words(HAY))    # 24 tokens
 
 
@@ -146,9 +146,7 @@ def draw_keys(rng, n, digits, held_out):
 
 def model_config(**other):
     """2 layers of 4 heads, 138,000 parameters. N = 32: what a segment can't see begins 32 tokens back."""
-    usual = dict(vocab_size=len(VOCABULARY), d_model=64, n_layers=2, n_heads=4, d_key=32, d_value=32, d_ff=256,
-                 segment_len=32, rope_base=50.0, gate_init=-2.0)
-    return InfiniConfig(**{**usual, **other})
+    return InfiniConfig(**{**SMALL, "vocab_size": len(VOCABULARY), **other})
 
 
 def training_tasks(rng, n, digits):
@@ -229,30 +227,37 @@ def fast_forward_loss(model, rng, digits, most=1_200_000, rows=6, **_):
     return loss, read, shown
 
 
-def named_tasks(rng, rows, n_keys, digits, held_out):
-    """`n_keys` named keys in each needle, one of them asked for."""
-    tasks = []
-    for _ in range(rows):
-        names, keys = rng.sample(NAMES, n_keys), draw_keys(rng, n_keys, digits, held_out)
-        needle = " ".join(NAMED.format(key, name) for key, name in zip(keys, names))
-        asked = rng.randrange(n_keys)
-        tasks.append(Task(needle, NAMED_QUESTION.format(None, names[asked]), keys[asked]))
-    return tasks
+def named_keys(rng, n_keys):
+    """Keys of one digit, each with a name, all in one needle: a Task for each."""
+    names, keys = rng.sample(NAMES, n_keys), rng.choices("0123456789", k=n_keys)
+    needle = " ".join(map(NAMED.format, names, keys))
+    return [Task(needle, NAMED_QUESTION.format(name), key) for name, key in zip(names, keys)]
 
 
-def named_loss(model, rng, digits, tokens_per_step, grown, **_):
-    """Loss on whole inputs with little hay and up to 32 named keys."""
-    n_keys, total = int(len(NAMES) ** (grown * rng.random())), rng.randint(1, 4)
-    rows = max(1, tokens_per_step // (SHORTEST + len(words(NAMED)) * n_keys + PARAGRAPH * total))
-    return whole_input_loss(model, rng, named_tasks(rng, rows, n_keys, digits, held_out=False), total)
+def named_loss(model, rng, _, tokens_per_step, grown, **__):
+    """Loss on all the keys of inputs with up to 32 of them, each asked for in a copy of the same state.
+
+    At first there are six and nothing else: they and the question fit in one segment, where softmax attention learns in
+    some hundred steps to bind keys to names. The memory takes over its queries and keys; alone it does not learn that.
+    """
+    inside = grown < 0.5
+    n_keys, total = (6, 0) if inside else (int((len(NAMES) + 1) ** rng.random()), rng.randint(0, int(10 * grown - 5)))
+    rows = max(1, tokens_per_step // (len(words(NAMED + NAMED_QUESTION)) * n_keys + PARAGRAPH * total))
+    asked, before = [named_keys(rng, n_keys) for _ in range(rows)], rng.randint(0, total)
+    texts = [write_input(Task(tasks[0].needle, "", ""), training_hay(rng, total), before) for tasks in asked]
+    texts = torch.stack(texts)[:, inside * len(encode(INTRO)):].to(model.embedding.weight.device)
+    tasks = list(itertools.chain(*asked))
+    questions = torch.stack([encode(task.question) for task in tasks]).to(texts.device)
+    loss, shown = answer_loss(model(questions, copies(model(texts)[1], n_keys))[0], tasks)
+    return loss, texts.numel() + questions.numel(), shown
 
 
 LOSSES = {"fast-forward": (plain_loss, fast_forward_loss), "named": (named_loss,)}    # in turn; else plain_loss
 
 
 def loss_function(training, seed, digits, steps):
-    """The loss_of(model, step) of a way of training. Inputs grow in its first 30% (80% with many keys, for one must be
-    found before two can be told apart), unless it is fine-tuning."""
+    """The loss_of(model, step) of a way of training. Inputs grow in its first 30% (80% with named keys), unless it is
+    fine-tuning."""
     _, longest, tokens_per_step = TRAININGS[training]
     growing = 0.8 if training == "named" else 0.3
     losses, tuned = LOSSES.get(training, (plain_loss,)), training in TUNED
@@ -285,11 +290,11 @@ def train_one(args, training, start=None, **config):
 
 # --- Evaluation ----------------------------------------------------------------------------------------------------
 
-def copies(state, batch):
-    """The state of one document as that of `batch` documents that all began alike: a state is a value."""
-    def wide(part):
-        return part.expand(batch, *part.shape[1:])
-    return [State(s.memory and Memory(*map(wide, s.memory)), wide(s.k), wide(s.v)) for s in state]
+def copies(state, n):
+    """The state of each document as that of n documents that all began alike: a state is a value."""
+    def times(part):
+        return part.repeat_interleave(n, 0)
+    return [State(s.memory and Memory(*map(times, s.memory)), times(s.k), times(s.v)) for s in state]
 
 
 class Found(NamedTuple):
@@ -543,9 +548,10 @@ def dilution(args, rules):
 
 
 def capacity(args, rules):
-    """Several named keys in one input, one of them asked for: how many does a memory of which size hold?"""
-    if args.load:
-        raise ValueError("--load was given, must be absent for capacity: it trains models of its own")
+    """Named keys in one input, each of them asked for: how many does a memory of which size hold?"""
+    if args.load or args.digits:
+        name = "load" if args.load else "digits"
+        raise ValueError(f"--{name} was given, must be absent for capacity: it trains models of its own, on keys of 1 digit")
     numbers, curves = [2 ** i for i in range(6)], {}
     print_row("Digits right in %, keys:", numbers)
     for d_key in (16, 32, 64):
@@ -554,7 +560,7 @@ def capacity(args, rules):
             right = []
             for n_keys in numbers:
                 rng = random.Random(f"evaluation {args.eval_seed}")
-                tasks = named_tasks(rng, args.keys, n_keys, args.digits or DIGITS, held_out=True)
+                tasks = [task for _ in range(args.keys) for task in named_keys(rng, n_keys)]
                 length = len(write_input(tasks[0], encode(HAY).repeat(4), 0))
                 right += [found.digits_right for found in find(model, tasks, [length], [0.5])]
             curves[f"{rule}, d_key = {d_key}"] = numbers, [100 * share for share in right]

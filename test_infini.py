@@ -5,6 +5,7 @@ The oracle below is float64 NumPy, written from the equations as loops over sing
 import argparse
 import ast
 import copy
+import csv
 import hashlib
 import io
 import json
@@ -1169,7 +1170,7 @@ def digits_in(row):
 
 
 TRAININGS = {training: lambda seed=0, digits=4, training=training: passkey.loss_function(training, seed, digits, 60)
-             for training in ("zero-shot", "plain", "fast-forward", "named")}
+             for training in ("zero-shot", "plain", "fast-forward")}
 
 
 @pytest.mark.parametrize("training", TRAININGS)
@@ -1235,13 +1236,33 @@ def test_every_other_step_of_fast_forward_and_of_nothing_else_goes_on_from_a_sta
         assert all((n > 1) == (training == "fast-forward" and step % 2 == 1) for step, n in enumerate(calls)), training
 
 
-def test_one_of_several_named_keys_is_asked_for():
-    tasks = passkey.named_tasks(random.Random(0), 50, 8, 4, held_out=True)
-    for task in tasks:
-        keys = dict(re.findall(r"The pass key of (\w+) is (\d{4})\.", task.needle))
-        name = re.fullmatch(r"What is the pass key of (\w+)\? The pass key of \1 is", task.question).group(1)
-        assert len(keys) == 8 and keys[name] == task.answer and passkey.is_held_out(task.answer)
-    assert len({task.needle.index(task.answer) for task in tasks}) > 5
+def test_each_of_several_named_keys_is_asked_for_by_its_name():
+    for n_keys in (1, 8, 32):
+        tasks = passkey.named_keys(random.Random(n_keys), n_keys)
+        keys = dict(re.findall(r"Remember (\w+) (\d)\.", tasks[0].needle))
+        names = [re.fullmatch(r"Remember (\w+)", task.question).group(1) for task in tasks]
+        assert len(keys) == n_keys and {task.needle for task in tasks} == {tasks[0].needle}
+        assert sorted(names) == sorted(keys) and all(keys[name] == task.answer for name, task in zip(names, tasks))
+    assert len(set(keys.values())) > 5
+
+
+@pytest.mark.parametrize("grown", [0.0, 0.49, 0.5, 1.0])
+def test_named_keys_are_asked_for_in_copies_of_one_state_at_first_in_one_segment_without_hay(grown):
+    torch.manual_seed(0)
+    model, calls = InfiniTransformer(passkey.model_config()).double(), []
+    model.register_forward_pre_hook(lambda _, inputs: calls.append(inputs[0]))
+    loss, n_tokens, _ = passkey.named_loss(model, random.Random(3), 4, 1024, grown)
+    texts, questions = calls
+    n_keys, wholes, answers = len(questions) // len(texts), [], []
+    for i, question in enumerate(questions):
+        text = passkey.decode(texts[i // n_keys])
+        name = passkey.decode(question).removeprefix("Remember ")
+        answers.append(int(re.search(rf"Remember {name} (\d)\.", text)[1]))
+        wholes.append(torch.cat([texts[i // n_keys], question]))
+    logits = model(torch.stack(wholes))[0][:, -1]
+    same(loss, torch.nn.functional.cross_entropy(logits, torch.stack([passkey.encode(str(a))[0] for a in answers])), 1e-12)
+    assert n_tokens == texts.numel() + questions.numel() and len(texts) > 1 and len({*answers}) > 1
+    assert (len(wholes[0]) <= 32) == (grown < 0.5) == ("important" not in passkey.decode(texts[0]).split("Remember")[0])
 
 
 def test_the_needles_share_is_its_part_of_the_kernel_weights_of_all_tokens_in_the_memory():
@@ -1396,6 +1417,8 @@ def test_the_command_measures_how_thin_a_key_gets(tmp_path, monkeypatch, capsys)
 def test_the_command_measures_how_many_named_keys_a_memory_holds(tmp_path, monkeypatch, capsys):
     code, out, err = command(monkeypatch, capsys, "capacity", "--steps", 2, "--keys", 2, "--out", tmp_path)
     assert code == 0 and err.count("2/2 steps") == 6 and "linear, d_key = 64" in out
+    rows = list(csv.DictReader((tmp_path / "capacity.csv").open()))
+    assert [row["named keys in the input"] for row in rows[:6]] == ["1.0", "2.0", "4.0", "8.0", "16.0", "32.0"]
     assert (tmp_path / "capacity.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -617,7 +617,7 @@ def sample(args):
 # --- Benchmarks ----------------------------------------------------------------------------------------------------
 
 SMALL = dict(vocab_size=53, d_model=64, n_layers=2, n_heads=4, d_key=32, d_value=32, d_ff=256, segment_len=32,
-             rope_base=50.0, gate_init=-2.0)    # the model of passkey.py
+             rope_base=50.0, gate_init=-2.0)    # as in passkey.py, which has these sizes from here
 PAPER_LAYER = dict(d_model=1024, n_heads=8, d_key=128, d_value=128, segment_len=2048)
 BENCH = dict(rows=((16, 64), (9, 112), (4, 256)),    # (batch, length) of three small steps, timed together, as in passkey.py
              repeats=5, paper_tokens=16384, parallel_tokens=8192, full_tokens=2 ** 15, near=2 ** 15, far=2 ** 20,
@@ -787,8 +787,8 @@ def parse_arguments():
     add_common_arguments(parser)
     add_options(parser, [
             ("data", Path, None, "a text file, or a folder with a document per file (default: the standard library)"),
-            ("steps", whole(1), 4000, "training steps"), ("batch", whole(1, 2 ** 16), 1, "sequences per step"),
-            ("segments", whole(1), 16, "segments per sequence"), ("lr", number(0, 1), 4e-3, "learning rate"),
+            ("steps", whole(1), 6000, "training steps"), ("batch", whole(1, 2 ** 16), 1, "sequences per step"),
+            ("segments", whole(1), 32, "segments per sequence"), ("lr", number(0, 1), 4e-3, "learning rate"),
             ("gate-lr", number(0, 1), 1e-2, "learning rate of the gates"),
             ("weight-decay", number(0, 1), 0.0, "of the matrices"),
             ("windows", whole(1), 100, "held-out pieces to evaluate on"), ("seeds", whole(1), 3, "seeds, for compare, lengths and plug"),
@@ -808,7 +808,7 @@ def parse_arguments():
             kind = dict(action="store_true") if isinstance(value, bool) else dict(default=value, type={
                 int: whole(1, 2 ** 16), float: number(-1e9, 1e9), str: str}[type(value)])
             parser.add_argument("--" + field.name.replace("_", "-"), **kind, help=argparse.SUPPRESS)
-    parser.set_defaults(gate_init=-1.0)
+    parser.set_defaults(n_layers=2, segment_len=32, gate_init=-1.5, gate_step=1.7)    # betas from -4 to 1
     return parser.parse_args()
 
 
