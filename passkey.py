@@ -535,10 +535,11 @@ def dilution(args, rules):
     if min(args.lengths) < 128:
         raise ValueError(f"--lengths was {min(args.lengths)}, must be 128 or more: the needle must have entered the memory")
     models, curves = [load_for_table(path, args.device) for path in args.load or train_all(args, rules)], {}
+    models = [(model, who) for model, who, _ in models if model.config.attention == "infini"]
+    if not models:
+        raise ValueError("--training or --load was only of local models, must have one with a memory")
     print_row("Needle's share in %", [short(n) for n in sorted(args.lengths)])
-    for model, who, _ in models:
-        if model.config.attention == "local":
-            continue
+    for model, who in models:
         shares = torch.stack([share.flatten() for _, share in needle_shares(model, one_key("9054"), args.lengths)])
         shares, name = (100 * shares[:, shares[0].argmax()]).tolist(), " ".join(map(str, who))
         print_row(name, [f"{share:.3g}" for share in shares])

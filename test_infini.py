@@ -720,6 +720,15 @@ def test_an_injected_memory_behind_closed_gates_changes_nothing(rule):
     assert torch.equal(local(tokens)[0], before)
 
 
+def test_betas_start_at_gate_init_or_evenly_spaced_around_it():
+    for n_heads, gate_init, gate_step, expected in ((4, -1.5, 2.0, [-4.5, -2.5, -0.5, 1.5]), (3, 0.5, 1.0, [-0.5, 0.5, 1.5]),
+                                                    (1, -2.0, 9.0, [-2.0]), (2, 3.0, 0.0, [3.0, 3.0])):
+        model = InfiniTransformer(replace(SMALL, n_heads=n_heads, gate_init=gate_init, gate_step=gate_step))
+        assert all(block.attention.beta.tolist() == expected for block in model.blocks)
+    plugged = inject_memory(InfiniTransformer(replace(SMALL, attention="local", gate_step=1.0)), gate_init=-3.0)
+    assert all(block.attention.beta.tolist() == [-3.0] * SMALL.n_heads for block in plugged.blocks)
+
+
 def test_gates_are_parameters_per_head_that_are_saved_and_trained():
     model = make("infini-delta")
     expected = torch.stack([1 / (1 + torch.exp(-model.state_dict()[f"blocks.{i}.attention.beta"])) for i in range(2)])
@@ -799,7 +808,8 @@ def test_a_compiled_model_gives_the_same_logits(rule):
 @pytest.mark.parametrize("field, value", [
     ("segment_len", 0), ("segment_len", 2.5), ("d_key", 3), ("d_key", 0), ("n_heads", -1), ("n_layers", True),
     ("d_model", "64"), ("vocab_size", None), ("update", "hebb"), ("attention", "flash"), ("form", ["parallel"]),
-    ("causal", 1), ("checkpoint", "no"), ("rope_base", 0), ("rope_base", math.inf), ("gate_init", math.nan)])
+    ("causal", 1), ("checkpoint", "no"), ("rope_base", 0), ("rope_base", math.inf), ("gate_init", math.nan),
+    ("gate_step", math.inf)])
 def test_a_config_that_makes_no_sense_is_refused_by_the_name_of_its_field(field, value):
     with pytest.raises(ValueError, match=rf"^{field} was .*must be") as error:
         replace(SMALL, **{field: value})
@@ -1087,7 +1097,7 @@ def test_the_other_experiments_run(what, folder, tmp_path, monkeypatch, capsys):
         assert starts[0] == starts[1] == starts[2] and re.fullmatch(r"\d\.\d{4}", starts[0][0])
         assert len((tmp_path / "plug.csv").read_text().splitlines()) == 1 + 3
     if what == "gates":
-        assert out.count("0.269") == 2 * 2 * 2                   # sigmoid(-1)
+        assert out.count("0.087  0.343") == 2 * 2                # sigmoid(-1.5 -+ 1.7 / 2) of two heads, in each layer
         for rate in ("2e-09", "1e-09"):
             assert train.load_model(tmp_path / f"lm-delta-gates-{rate}-seed0.pt")[1]["gate_lr"] == float(rate)
     if what == "lengths":
@@ -1414,6 +1424,17 @@ def test_the_command_measures_how_thin_a_key_gets(tmp_path, monkeypatch, capsys)
     assert code == 0 and 100 > first > last > 0 and (tmp_path / "dilution.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_model_without_memory_has_no_share_of_it_to_show(tmp_path, monkeypatch, capsys):
+    code, out, err = command(monkeypatch, capsys, "dilution", "--steps", 2, "--training", "local", "--lengths", 128, "--out", tmp_path)
+    assert code == 2 and "must have one with a memory" in err and not (tmp_path / "dilution.png").exists()
+
+
+@pytest.mark.parametrize("option", ["digits", "load"])
+def test_capacity_trains_its_own_models_on_keys_of_one_digit(option, tmp_path, monkeypatch, capsys):
+    code, _, err = command(monkeypatch, capsys, "capacity", f"--{option}", 5, "--out", tmp_path)
+    assert code == 2 and err.startswith(f"error: --{option} was given") and len(err.splitlines()) == 1
+
+
 def test_the_command_measures_how_many_named_keys_a_memory_holds(tmp_path, monkeypatch, capsys):
     code, out, err = command(monkeypatch, capsys, "capacity", "--steps", 2, "--keys", 2, "--out", tmp_path)
     assert code == 0 and err.count("2/2 steps") == 6 and "linear, d_key = 64" in out
@@ -1647,7 +1668,7 @@ def test_the_benchmark_measures_every_row_and_says_what_is_missed(tmp_path, monk
     monkeypatch.setattr(train, "in_new_process", lambda function, *args: function(*args))
     code, out, err = command(monkeypatch, capsys, "bench", "--csv", tmp_path / "b.csv", script=train)
     lines = (tmp_path / "b.csv").read_text().splitlines()
-    assert code == 0 and not err and len(lines) == 1 + 11 and out.count("\n") == 2 + 11 + 4 and torch.__version__ in out
+    assert code == 0 and not err and len(lines) == 1 + 11 + 4 and out.count("\n") == 2 + 11 + 4 and torch.__version__ in out
     assert all(0 < float(error) < 2e-6 for line in out.splitlines()[-2:] for error in line.split()[1:])      # float32
     assert out.count("missed") == sum(line.endswith("False") for line in lines) > 0
 

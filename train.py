@@ -67,6 +67,16 @@ def schedule(step, steps, warmup, final=0.1):
     return min(1, (step + 1) / warmup) * (final + (1 - final) * (1 + math.cos(math.pi * step / steps)) / 2)
 
 
+def take_step(model, optimizer, loss, clip=1.0):
+    """One step down the gradient, cut to a length of `clip`, but none if that or the loss is not finite. Returns both."""
+    optimizer.zero_grad()
+    loss.backward()
+    value, norm = loss.item(), torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item()
+    if math.isfinite(value + norm):
+        optimizer.step()
+    return value, norm
+
+
 def train(model, loss_of, steps, path, lr, gate_lr, weight_decay=0.0, warmup=50, clip=1.0, save_every=100, resume=False,
           settings=None):
     """Train a model and leave it in a checkpoint.
@@ -109,14 +119,10 @@ def train(model, loss_of, steps, path, lr, gate_lr, weight_decay=0.0, warmup=50,
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * schedule(step, steps, warmup)
             loss, n_tokens, shown = loss_of(model, step)
-            value = loss.item()
-            optimizer.zero_grad()
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item()
-            if not math.isfinite(value + norm):    # before the step, so that no such weights are ever saved
+            value, norm = take_step(model, optimizer, loss, clip)
+            if not math.isfinite(value + norm):
                 progress.close()
                 raise ValueError(f"loss was {value}, its gradient {norm} at step {step + 1}, must both be finite")
-            optimizer.step()
             losses.append(value)
             if model.config.attention == "infini" and (step + 1) % math.ceil(steps / 100) == 0:
                 gates.append(model.gates().cpu())
@@ -648,10 +654,7 @@ def model_step(rows, **config):
         for batch, length in rows:
             tokens = random_tokens(model.config.vocab_size, batch, length + 1)
             loss = F.cross_entropy(model(tokens[:, :-1])[0].flatten(0, 1), tokens[:, 1:].flatten())
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+            take_step(model, optimizer, loss)
     return step
 
 
@@ -769,10 +772,12 @@ def bench(args):
                   f"{'' if reached else '  missed'}", flush=True)
             rows.writerow([what, first, second, unit, ratio, f"{sign}= {goal}", reached])
             file.flush()
-    lengths = BENCH["drift"]
-    print(f"\nfloat32 against float64, logits wrong by (after {', '.join(f'{n:,}' for n in lengths)} random tokens)")
-    for rule in ("linear", "delta"):
-        print(f"    {rule:8}" + "".join(f"{error:12.1e}" for error in drift(lengths, update=rule)), flush=True)
+        lengths = BENCH["drift"]
+        print(f"\nfloat32 against float64, logits wrong by (after {', '.join(f'{n:,}' for n in lengths)} random tokens)")
+        for rule in ("linear", "delta"):
+            errors = list(drift(lengths, update=rule))
+            print(f"    {rule:8}" + "".join(f"{error:12.1e}" for error in errors), flush=True)
+            rows.writerows([f"float32 against float64, {rule}, {n:,} tokens", error] for n, error in zip(lengths, errors))
 
 
 COMMANDS = dict(train=train_command, compare=compare, lengths=lengths, gates=gates, plug=plug, sample=sample,
