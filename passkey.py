@@ -43,8 +43,7 @@ HAY = "The grass is green. The sky is blue. The sun is yellow. Here we go. There
 OTHER_HAY = "The sun is green. Here is the grass. Find it again and again. There is a lot of yellow text."
 NEEDLE = "The pass key is {0}. Remember it. {0} is the pass key."
 QUESTION = "What is the pass key? The pass key is"
-NAMED = "Remember {0} {1}."    # a name, and its key of one digit
-NAMED_QUESTION = "Remember {0}"
+NAMED, NAMED_QUESTION = "{0} {1}.", "{0}"    # a name, and its key of one digit
 DECOY = "The blue info is {1}. Find it. {1} is the blue info."
 TEXTS = {    # what models are evaluated on, the paper's text and departures from it: hay, needle, digits if not as told
     "paper": ("paper", NEEDLE, None), "shuffled": ("shuffled", NEEDLE, None), "other": ("other", NEEDLE, None),
@@ -75,7 +74,7 @@ def words(text):
 VOCABULARY = sorted(set(words("0123456789" + INTRO + HAY + NEEDLE + QUESTION)) - {"{", "}"})
 TOKEN = {word: i for i, word in enumerate(VOCABULARY)}
 WORDS = [word for word in VOCABULARY if not word.isdigit()]
-NAMES = [word for word in WORDS if word.isalpha() and word not in words(f"{QUESTION} {NAMED}")][:32]
+NAMES = [word for word in WORDS if word.isalpha() and word not in words(QUESTION)][:32]
 PARAGRAPH = len(words(HAY))    # 24 tokens
 
 
@@ -237,15 +236,15 @@ def named_keys(rng, n_keys):
 def named_loss(model, rng, _, tokens_per_step, grown, **__):
     """Loss on all the keys of inputs with up to 32 of them, each asked for in a copy of the same state.
 
-    At first there are six and nothing else: they and the question fit in one segment, where softmax attention learns in
-    some hundred steps to bind keys to names. The memory takes over its queries and keys; alone it does not learn that.
+    At first there are eight and nothing else: they and the question fit in one segment, where softmax attention learns
+    in some hundred steps to bind keys to names. The memory takes over its queries and keys; alone it does not learn that.
     """
     inside = grown < 0.5
-    n_keys, total = (6, 0) if inside else (int((len(NAMES) + 1) ** rng.random()), rng.randint(0, int(10 * grown - 5)))
+    n_keys, total = (8, 0) if inside else (int((len(NAMES) + 1) ** rng.random()), rng.randint(0, int(8 * grown - 4)))
     rows = max(1, tokens_per_step // (len(words(NAMED + NAMED_QUESTION)) * n_keys + PARAGRAPH * total))
     asked, before = [named_keys(rng, n_keys) for _ in range(rows)], rng.randint(0, total)
     texts = [write_input(Task(tasks[0].needle, "", ""), training_hay(rng, total), before) for tasks in asked]
-    texts = torch.stack(texts)[:, inside * len(encode(INTRO)):].to(model.embedding.weight.device)
+    texts = torch.stack(texts)[:, (total == 0) * len(encode(INTRO)):].to(model.embedding.weight.device)
     tasks = list(itertools.chain(*asked))
     questions = torch.stack([encode(task.question) for task in tasks]).to(texts.device)
     loss, shown = answer_loss(model(questions, copies(model(texts)[1], n_keys))[0], tasks)

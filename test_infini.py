@@ -1249,8 +1249,7 @@ def test_every_other_step_of_fast_forward_and_of_nothing_else_goes_on_from_a_sta
 def test_each_of_several_named_keys_is_asked_for_by_its_name():
     for n_keys in (1, 8, 32):
         tasks = passkey.named_keys(random.Random(n_keys), n_keys)
-        keys = dict(re.findall(r"Remember (\w+) (\d)\.", tasks[0].needle))
-        names = [re.fullmatch(r"Remember (\w+)", task.question).group(1) for task in tasks]
+        keys, names = dict(re.findall(r"(\w+) (\d)\.", tasks[0].needle)), [task.question for task in tasks]
         assert len(keys) == n_keys and {task.needle for task in tasks} == {tasks[0].needle}
         assert sorted(names) == sorted(keys) and all(keys[name] == task.answer for name, task in zip(names, tasks))
     assert len(set(keys.values())) > 5
@@ -1266,13 +1265,13 @@ def test_named_keys_are_asked_for_in_copies_of_one_state_at_first_in_one_segment
     n_keys, wholes, answers = len(questions) // len(texts), [], []
     for i, question in enumerate(questions):
         text = passkey.decode(texts[i // n_keys])
-        name = passkey.decode(question).removeprefix("Remember ")
-        answers.append(int(re.search(rf"Remember {name} (\d)\.", text)[1]))
+        answers.append(int(re.search(rf"\b{passkey.decode(question)} (\d)\.", text)[1]))
         wholes.append(torch.cat([texts[i // n_keys], question]))
     logits = model(torch.stack(wholes))[0][:, -1]
     same(loss, torch.nn.functional.cross_entropy(logits, torch.stack([passkey.encode(str(a))[0] for a in answers])), 1e-12)
     assert n_tokens == texts.numel() + questions.numel() and len(texts) > 1 and len({*answers}) > 1
-    assert (len(wholes[0]) <= 32) == (grown < 0.5) == ("important" not in passkey.decode(texts[0]).split("Remember")[0])
+    assert grown >= 0.5 or n_keys == 8 and len(wholes[0]) <= 32
+    assert passkey.decode(texts[0]).startswith(passkey.INTRO[:30]) == (grown == 1.0)
 
 
 def test_the_needles_share_is_its_part_of_the_kernel_weights_of_all_tokens_in_the_memory():
