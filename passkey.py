@@ -239,8 +239,8 @@ def named_loss(model, rng, _, tokens_per_step, grown, **__):
     At first there are eight and nothing else: they and the question fit in one segment, where softmax attention learns
     in some hundred steps to bind keys to names. The memory takes over its queries and keys; alone it does not learn that.
     """
-    inside = grown < 0.5
-    n_keys, total = (8, 0) if inside else (int((len(NAMES) + 1) ** rng.random()), rng.randint(0, int(8 * grown - 4)))
+    inside = grown < 0.2
+    n_keys, total = (8, 0) if inside else (max(1, int((len(NAMES) + 1) * rng.random() ** 2)), rng.randint(0, int(5 * grown - 1)))
     rows = max(1, tokens_per_step // (len(words(NAMED + NAMED_QUESTION)) * n_keys + PARAGRAPH * total))
     asked, before = [named_keys(rng, n_keys) for _ in range(rows)], rng.randint(0, total)
     texts = [write_input(Task(tasks[0].needle, "", ""), training_hay(rng, total), before) for tasks in asked]

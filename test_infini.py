@@ -1076,14 +1076,16 @@ def test_compare_prints_a_row_for_every_kind_and_writes_its_files(folder, tmp_pa
     rows = (tmp_path / "compare.csv").read_text().splitlines()
     assert len(rows) == 1 + 2 * (4 * 16 + 4)                     # segments: four times the training length, but for "full"
     mean = np.mean([float(row.split(",")[3]) for row in rows if row.startswith("delta") and int(row.split(",")[2]) <= 4])
-    assert float(table["delta"].split()[4]) == pytest.approx(2 ** mean, rel=1e-3)      # per-byte perplexity
+    assert float(table["delta"].split()[7]) == pytest.approx(2 ** mean, rel=1e-3)      # per-byte perplexity
+    bits = {kind: float(line.split()[1]) for kind, line in table.items()}
+    assert all(float(line.split()[4]) == pytest.approx(bits["local"] - bits[kind], abs=2e-4) for kind, line in table.items())
     forgetful = []
     for seed in (0, 1):
         model, pieces = train.load_model(tmp_path / f"lm-delta-seed{seed}.pt")[0], train.windows(train.read_documents(folder)[1], 129, 3)
         costs = [-model(piece[:, :-1])[0].log_softmax(-1).gather(-1, piece[:, 1:, None]).mean()      # of 8 bytes alone
                  for piece in (pieces[:, i:i + 9] for i in range(0, 32, 8))]
         forgetful.append(torch.stack(costs).mean().item() / math.log(2))
-    assert float(table["delta"].split()[5]) == pytest.approx(np.mean(forgetful), abs=2e-4)
+    assert float(table["delta"].split()[8]) == pytest.approx(np.mean(forgetful), abs=2e-4)
     assert table["delta"].split()[1] == f"{mean:.4f}" and (tmp_path / "context.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -1255,7 +1257,7 @@ def test_each_of_several_named_keys_is_asked_for_by_its_name():
     assert len(set(keys.values())) > 5
 
 
-@pytest.mark.parametrize("grown", [0.0, 0.49, 0.5, 1.0])
+@pytest.mark.parametrize("grown", [0.0, 0.19, 0.2, 1.0])
 def test_named_keys_are_asked_for_in_copies_of_one_state_at_first_in_one_segment_without_hay(grown):
     torch.manual_seed(0)
     model, calls = InfiniTransformer(passkey.model_config()).double(), []
@@ -1270,7 +1272,7 @@ def test_named_keys_are_asked_for_in_copies_of_one_state_at_first_in_one_segment
     logits = model(torch.stack(wholes))[0][:, -1]
     same(loss, torch.nn.functional.cross_entropy(logits, torch.stack([passkey.encode(str(a))[0] for a in answers])), 1e-12)
     assert n_tokens == texts.numel() + questions.numel() and len(texts) > 1 and len({*answers}) > 1
-    assert grown >= 0.5 or n_keys == 8 and len(wholes[0]) <= 32
+    assert grown >= 0.2 or n_keys == 8 and len(wholes[0]) <= 32
     assert passkey.decode(texts[0]).startswith(passkey.INTRO[:30]) == (grown == 1.0)
 
 

@@ -530,11 +530,13 @@ def compare(args):
                 state = stream(model, tokens[:1, :length].to(args.device))[1]
                 stored[kind] = numbers_in(state), context_memory(model.config, length)
     print(f"\n{len(tokens)} held-out pieces of {length:,} bytes, {args.seeds} seeds, mean +- standard deviation")
-    print(f"{'kind':8}{'bits per byte':>18}{'perplexity':>12}{'forgetful':>18}{'memory: counted':>18}{'Table 1':>12}")
-    for kind in KINDS:
-        table = torch.stack(costs[kind])[:, :args.segments].mean(1)
+    print(f"{'kind':8}{'bits per byte':>18}{'less than local':>18}{'perplexity':>12}{'forgetful':>18}{'memory: counted':>18}"
+          f"{'Table 1':>12}")
+    tables = {kind: torch.stack(costs[kind])[:, :args.segments].mean(1) for kind in KINDS}    # a number for each seed
+    for kind, table in tables.items():
         without = mean_and_deviation(torch.tensor(forgot[kind])) if kind in forgot else ""
-        print(f"{kind:8}{mean_and_deviation(table):>18}{2 ** table.mean():12.3f}{without:>18}"
+        gain = mean_and_deviation(tables["local"] - table)
+        print(f"{kind:8}{mean_and_deviation(table):>18}{gain:>18}{2 ** table.mean():12.3f}{without:>18}"
               f"{stored[kind][0]:18,}{stored[kind][1]:12,}")
     curves = {kind: by_position(torch.stack(cost).mean(0)) for kind, cost in costs.items()}
     draw_lines(curves, args.out / "context.png", f"segment of {args.segment_len} bytes", "bits per byte")
