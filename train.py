@@ -800,7 +800,7 @@ def parse_arguments():
             ("weight-decay", number(0, 1), 0.0, "of the matrices"),
             ("windows", whole(1), 100, "held-out pieces to evaluate on"), ("seeds", whole(1), 3, "seeds, for compare, lengths and plug"),
             ("lengths", several(whole(1)), "2,4,16,64", "segments per sequence, for lengths"),
-            ("plug-gate", number(-100, 100), -4.0, "beta of a memory that is plugged in"),
+            ("plug-gate", number(-100, 100), -2.0, "beta of a memory that is plugged in"),
             ("load", Path, None, "checkpoint to sample from"), ("prompt", str, "def main():\n", "text to continue"),
             ("bytes", whole(1), 500, "to write"),
             ("temperature", number(0, 100), 0.8, "of samples; 0: the likeliest byte"),
