@@ -7,7 +7,7 @@
     python passkey.py capacity                     many named keys in one input: how many does a memory hold?
 
 The prompt is the paper's, word for word. A token is a word, a punctuation mark or a single digit: the prompt needs 53.
-No key of the evaluation occurs in any training. The ways of training:
+No key of the evaluation occurs in any training (named keys, of one digit, are the exception). The ways of training:
 
     local          as zero-shot, but attention="local": the control, a model without memory
     one-rate       as zero-shot, but the gates have the learning rate of everything else
@@ -239,8 +239,9 @@ def named_loss(model, rng, _, tokens_per_step, grown, **__):
     At first there are eight and nothing else: they and the question fit in one segment, where softmax attention learns
     in some hundred steps to bind keys to names. The memory takes over its queries and keys; alone it does not learn that.
     """
-    inside = grown < 0.2
-    n_keys, total = (8, 0) if inside else (max(1, int((len(NAMES) + 1) * rng.random() ** 2)), rng.randint(0, int(5 * grown - 1)))
+    n_keys, total = 8, 0
+    if grown >= 0.2:
+        n_keys, total = max(1, int((len(NAMES) + 1) * rng.random() ** 2)), rng.randint(0, int(5 * grown - 1))
     rows = max(1, tokens_per_step // (len(words(NAMED + NAMED_QUESTION)) * n_keys + PARAGRAPH * total))
     asked, before = [named_keys(rng, n_keys) for _ in range(rows)], rng.randint(0, total)
     texts = [write_input(Task(tasks[0].needle, "", ""), training_hay(rng, total), before) for tasks in asked]
