@@ -61,9 +61,9 @@ class InfiniConfig:
     update: str = "delta"        # rule of the memory; or "linear"
     attention: str = "infini"    # or without memory: "local" (the segment), "xl" (and the one before), "full" (all)
     causal: bool = True          # False: the encoder variant, in which a segment sees all of itself
-    rope_base: float = 100.0     # small, since positions count inside the segment only
+    rope_base: float = 100.0     # small, since positions count inside the segment (but for "full") only
     gate_init: float = 0.0       # beta at the start; 0: half memory, half segment
-    gate_step: float = 0.0       # from one head's beta at the start to the next one's, so that their mean is gate_init
+    gate_spread: float = 0.0     # from the first head's beta at the start to the last one's; gate_init is in the middle
     form: str = "parallel"       # all complete segments at once, or "recurrent": one after the other. Same numbers.
     checkpoint: bool = False     # in training, recompute each segment in the backward pass instead of storing it
 
@@ -83,7 +83,7 @@ class InfiniConfig:
                 require(ok, name, repr(value), "a number")
         require(self.d_key % 2 == 0, "d_key", self.d_key, "even (RoPE turns pairs of features)")
         require(0 < self.rope_base < math.inf, "rope_base", self.rope_base, "positive and finite")
-        require(abs(self.gate_step) < math.inf, "gate_step", self.gate_step, "finite")
+        require(abs(self.gate_spread) < math.inf, "gate_spread", self.gate_spread, "finite")
 
 
 # --- Background: three layers of one shape, (input, state) -> (output, state) -----------------------------------------
@@ -269,8 +269,8 @@ class InfiniAttention(nn.Module):
         self.w_v = nn.Linear(c.d_model, c.n_heads * c.d_value, bias=False)
         self.w_o = nn.Linear(c.n_heads * c.d_value, c.d_model, bias=False)
         if c.attention == "infini":
-            from_middle = torch.arange(c.n_heads) - (c.n_heads - 1) / 2
-            self.beta = nn.Parameter(c.gate_init + c.gate_step * from_middle)    # all that the memory adds
+            place = (torch.arange(c.n_heads) - (c.n_heads - 1) / 2) / max(1, c.n_heads - 1)    # -1/2 ... 1/2
+            self.beta = nn.Parameter(c.gate_init + c.gate_spread * place)    # all that the memory adds
         self.N = sys.maxsize if c.attention == "full" else c.segment_len    # full attention: a segment without end
         self.prior = c.segment_len if c.attention == "xl" else 0            # tokens kept of the segment before
 
@@ -359,7 +359,7 @@ class InfiniAttention(nn.Module):
         T, L = q.shape[-2], k.shape[-2]
         positions = torch.arange(L, device=q.device)    # Departure: they count inside the segment (for xl, the two)
         q, k = (rotary(y, positions[L - y.shape[-2]:], self.config.rope_base) for y in (q, k))
-        if self.config.attention == "full":    # the baseline whose cost is all here: fused, for scores by the million
+        if self.config.attention == "full":    # the baseline whose cost is all here: fused, its T x L scores are never stored
             square = T == L and self.config.causal
             mask = None if T == L else torch.ones(T, L, dtype=torch.bool, device=q.device).tril(L - T)
             return F.scaled_dot_product_attention(q, k, v, mask, is_causal=square)
@@ -475,7 +475,7 @@ def inject_memory(model, update="delta", gate_init=0.0):
     """
     require(model.config.attention == "local", "attention of the model", repr(model.config.attention), "'local'")
     new = InfiniTransformer(replace(model.config, attention="infini", update=update, gate_init=gate_init,
-                                    gate_step=0.0))
+                                    gate_spread=0.0))
     new.to(model.embedding.weight).load_state_dict(model.state_dict(), strict=False)    # all but the betas
     return new.train(model.training)
 

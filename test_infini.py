@@ -721,11 +721,11 @@ def test_an_injected_memory_behind_closed_gates_changes_nothing(rule):
 
 
 def test_betas_start_at_gate_init_or_evenly_spaced_around_it():
-    for n_heads, gate_init, gate_step, expected in ((4, -1.5, 2.0, [-4.5, -2.5, -0.5, 1.5]), (3, 0.5, 1.0, [-0.5, 0.5, 1.5]),
+    for n_heads, gate_init, spread, expected in ((4, -1.5, 6.0, [-4.5, -2.5, -0.5, 1.5]), (3, 0.5, 2.0, [-0.5, 0.5, 1.5]),
                                                     (1, -2.0, 9.0, [-2.0]), (2, 3.0, 0.0, [3.0, 3.0])):
-        model = InfiniTransformer(replace(SMALL, n_heads=n_heads, gate_init=gate_init, gate_step=gate_step))
-        assert all(block.attention.beta.tolist() == expected for block in model.blocks)
-    plugged = inject_memory(InfiniTransformer(replace(SMALL, attention="local", gate_step=1.0)), gate_init=-3.0)
+        model = InfiniTransformer(replace(SMALL, n_heads=n_heads, gate_init=gate_init, gate_spread=spread))
+        assert all(block.attention.beta.tolist() == pytest.approx(expected, abs=1e-6) for block in model.blocks)
+    plugged = inject_memory(InfiniTransformer(replace(SMALL, attention="local", gate_spread=1.0)), gate_init=-3.0)
     assert all(block.attention.beta.tolist() == [-3.0] * SMALL.n_heads for block in plugged.blocks)
 
 
@@ -809,7 +809,7 @@ def test_a_compiled_model_gives_the_same_logits(rule):
     ("segment_len", 0), ("segment_len", 2.5), ("d_key", 3), ("d_key", 0), ("n_heads", -1), ("n_layers", True),
     ("d_model", "64"), ("vocab_size", None), ("update", "hebb"), ("attention", "flash"), ("form", ["parallel"]),
     ("causal", 1), ("checkpoint", "no"), ("rope_base", 0), ("rope_base", math.inf), ("gate_init", math.nan),
-    ("gate_step", math.inf)])
+    ("gate_spread", math.inf)])
 def test_a_config_that_makes_no_sense_is_refused_by_the_name_of_its_field(field, value):
     with pytest.raises(ValueError, match=rf"^{field} was .*must be") as error:
         replace(SMALL, **{field: value})
@@ -1099,7 +1099,7 @@ def test_the_other_experiments_run(what, folder, tmp_path, monkeypatch, capsys):
         assert starts[0] == starts[1] == starts[2] and re.fullmatch(r"\d\.\d{4}", starts[0][0])
         assert len((tmp_path / "plug.csv").read_text().splitlines()) == 1 + 3
     if what == "gates":
-        assert out.count("0.087  0.343") == 2 * 2                # sigmoid(-1.5 -+ 1.7 / 2) of two heads, in each layer
+        assert out.count("0.017  0.741") == 2 * 2                # sigmoid(-1.5 -+ 5.1 / 2) of two heads, in each layer
         for rate in ("2e-09", "1e-09"):
             assert train.load_model(tmp_path / f"lm-delta-gates-{rate}-seed0.pt")[1]["gate_lr"] == float(rate)
     if what == "lengths":
