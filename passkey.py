@@ -6,8 +6,8 @@
     python passkey.py dilution --load FILE ...     why keys are lost: how thin they get in the memory
     python passkey.py capacity                     many named keys in one input: how many does a memory hold?
 
-The prompt is the paper's, word for word, but for capacity's. A token is a word, a punctuation mark or a single digit: the prompt needs 53.
-No key of the evaluation occurs in any training (named keys, of one digit, are the exception). The ways of training:
+The prompt is the paper's, word for word, but for capacity's. A token is a word, a punctuation mark or a single digit:
+the prompt needs 53. No key of the evaluation occurs in any training, but for capacity's, of one digit. The ways:
 
     local          as zero-shot, but attention="local": the control, a model without memory
     one-rate       as zero-shot, but the gates have the learning rate of everything else
@@ -233,8 +233,8 @@ def named_keys(rng, n_keys):
     return [Task(needle, NAMED_QUESTION.format(name), key) for name, key in zip(names, keys)]
 
 
-def named_loss(model, rng, _, tokens_per_step, grown, **__):
-    """Loss on all the keys of inputs with up to 32 of them, each asked for in a copy of the same state.
+def named_loss(model, rng, digits, tokens_per_step, grown, **_):
+    """Loss on all the keys, of one digit, in inputs with up to 32 of them, each asked for in a copy of the same state.
 
     At first there are eight and nothing else: they and the question fit in one segment, where softmax attention learns
     in some hundred steps to bind keys to names. The memory takes over its queries and keys; in our trials it did not learn
@@ -245,11 +245,12 @@ def named_loss(model, rng, _, tokens_per_step, grown, **__):
         n_keys, total = max(1, int((len(NAMES) + 1) * rng.random() ** 2)), rng.randint(0, int(5 * grown - 1))
     rows = max(1, tokens_per_step // (10 * n_keys + PARAGRAPH * total))    # a key is 4 tokens, and a copy of the state
     asked, before = [named_keys(rng, n_keys) for _ in range(rows)], rng.randint(0, total)
-    texts = [write_input(Task(tasks[0].needle, "", ""), training_hay(rng, total), before) for tasks in asked]
-    texts = torch.stack(texts)[:, (total == 0) * len(encode(INTRO)):].to(model.embedding.weight.device)
-    tasks = list(itertools.chain(*asked))
-    questions = torch.stack([encode(task.question) for task in tasks]).to(texts.device)
-    loss, shown = answer_loss(model(questions, copies(model(texts)[1], n_keys))[0], tasks)
+    texts = torch.stack([write_input(Task(tasks[0].needle, "", ""), training_hay(rng, total), before) for tasks in asked])
+    if not total:
+        texts = texts[:, len(encode(INTRO)):]
+    tasks, device = list(itertools.chain(*asked)), model.embedding.weight.device
+    questions = torch.stack([encode(task.question) for task in tasks]).to(device)
+    loss, shown = answer_loss(model(questions, copies(model(texts.to(device))[1], n_keys))[0], tasks)
     return loss, texts.numel() + questions.numel(), shown
 
 
