@@ -30,9 +30,8 @@ import torch.nn.functional as F
 
 from infini import InfiniConfig, InfiniTransformer, generate
 
-KINDS = {"local": dict(attention="local"), "xl": dict(attention="xl"),
-         "linear": dict(update="linear"), "delta": dict(update="delta"),
-         "full": dict(attention="full")}
+KINDS = dict(local=dict(attention="local"), xl=dict(attention="xl"), linear=dict(update="linear"),
+             delta=dict(update="delta"), full=dict(attention="full"))
 
 
 # --- Text: from files to batches -----------------------------------------------------------------
@@ -141,7 +140,6 @@ def train(model, loss_of, steps, path, lr, gate_lr, weight_decay=0.0, warmup=50,
                     warmup=warmup, clip=clip, starting_weights=round(start, 6))
     if resume:
         losses, gates = resume_from(path, model, settings, optimizer)
-
     def save():
         write_checkpoint(path, dict(
             model=model.state_dict(), config=asdict(model.config), settings=settings,
@@ -268,7 +266,6 @@ def interrupts():
     """Turn the first Ctrl-C into an event, so that a step can end. A second one stops at once."""
     event = threading.Event()
     here = threading.current_thread() is threading.main_thread()    # only there can it be caught
-
     def handler(*_):
         if event.is_set():
             raise KeyboardInterrupt("stopped at once; the last checkpoint is intact")
@@ -360,24 +357,28 @@ class Parser(argparse.ArgumentParser):
 def number(low, high=2 ** 31, kind=float):
     """Make an argument type for numbers from low to high."""
     def parse(text):
-        value = kind(text)    # argparse reports a ValueError in one line
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"was {text}, must be from {low:,} to {high:,}")
+            what = f"a{' whole' * (kind is int)} number from {low:,} to {high:,}"
+            raise argparse.ArgumentTypeError(f"was {text!r}, must be {what}")
         return value
-    parse.__name__ = "whole number" if kind is int else "number"
     return parse
 
 
 whole = partial(number, kind=int)
 
 
-def set_up(device="cpu", threads=None):
-    """Try the device, and set the number of threads if it is given."""
+def set_up(device="cpu", threads=None, out=None):
+    """Try the device, set the number of threads if it is given, make the output folder."""
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise ValueError(f"--device was {device!r}, must be one of this machine, as cpu") from error
     torch.set_num_threads(threads or torch.get_num_threads())
+    Path(out or ".").mkdir(parents=True, exist_ok=True)
 
 
 def run_command(main):
@@ -421,7 +422,7 @@ def main():
     add("--device", default="cpu", help="or cuda, or mps")
     add("--threads", type=whole(1, 1024), help="cores to use; without it PyTorch decides")
     args = vars(parser.parse_args())
-    set_up(args["device"], args.pop("threads"))
+    set_up(args["device"], args.pop("threads"), args.get("out"))
     command(**(args if args.pop("sample", None) else {**LM, **args}))
 
 
