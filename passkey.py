@@ -158,7 +158,7 @@ def plain_loss(model, rng, longest, tokens_per_step, grown=1.0):
 
 
 def way_loss(way, seed, steps):
-    """Make a way's loss_of(model, step). If it starts from nothing, inputs grow for 30% of steps."""
+    """Make a way's loss_of(model, step). Without a start, inputs grow for 30% of the steps."""
     start, _, longest, tokens_per_step, _ = WAYS[way]
     def loss_of(model, step):
         rng = random.Random(f"{seed} tuned/{step}" if start else f"{seed}/{step}")
