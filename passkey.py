@@ -252,7 +252,7 @@ def short(n):
 
 
 def print_row(name, cells):
-    print(f"{name:28}" + "".join(f"{cell:>13}" for cell in cells), flush=True)
+    print(f"{name:24}" + "".join(f"{cell:>12}" for cell in cells), flush=True)
 
 
 def percents(found, lengths, what):

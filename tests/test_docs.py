@@ -1,0 +1,209 @@
+"""The claims of README.md, RESULTS.md and the notebook about themselves and about the tree."""
+import ast
+import base64
+import importlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+import infini
+import passkey
+import train
+
+ROOT = Path(train.__file__).parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
+CODE = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+        for pattern in ("*.py", "experiments/*.py", "tests/*.py") for path in ROOT.glob(pattern)}
+EXPERIMENTS = sorted(Path(name).stem for name in CODE if name.startswith("experiments/"))
+EXPERIMENTS.remove("curves")
+COMMANDS = re.findall(r"^ {4}(?:pip .* && )?(python .*)$", README + RESULTS, re.MULTILINE)
+
+
+# --- Sizes, structure ----------------------------------------------------------------------------
+def test_the_files_are_as_small_and_as_narrow_as_the_project_promises():
+    limits = {"infini.py": 520, "train.py": 430, "passkey.py": 380, "experiments/bench.py": 180}
+    n_lines = {name: len(code.splitlines()) for name, code in CODE.items()}
+    for name, n in n_lines.items():
+        tests = name.startswith("test")
+        assert n <= limits.get(name, 900 if tests else 100), name
+    assert sum(n for name, n in n_lines.items() if name.startswith("test")) <= 1800
+    assert len(README.splitlines()) <= 130 and len(RESULTS.splitlines()) <= 220
+    assert max(map(len, README.splitlines())) <= 110
+    for name, text in {**CODE, "RESULTS.md": RESULTS}.items():
+        assert max(map(len, text.splitlines())) <= 100, name
+
+
+def test_nothing_is_imported_against_the_arrows():
+    allowed = {"infini.py": set(), "train.py": {"infini"}, "passkey.py": {"infini", "train"}}
+    ours = {"infini", "train", "passkey", "experiments"}
+    for name, code in CODE.items():
+        modules = set()
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.ImportFrom):
+                modules.add(node.module)
+            elif isinstance(node, ast.Import):
+                modules |= {alias.name for alias in node.names}
+        found = {module for module in modules if module.split(".")[0] in ours}
+        if name.startswith("experiments/"):
+            assert found <= {"infini", "train", "passkey", "experiments.curves"}, name
+        elif name in allowed:
+            assert found <= allowed[name], name
+
+
+def test_no_syntax_is_newer_than_python_3_10():
+    cells = [cell.source for cell in notebook().cells if cell.cell_type == "code"]
+    for name, source in {**CODE, "walkthrough.ipynb": "\n".join(cells)}.items():
+        ast.parse(source, name, feature_version=(3, 10))
+
+
+def test_an_experiment_is_one_file_one_test_and_one_section_of_the_results():
+    tests = re.findall(r"^def test_(\w+)", CODE["tests/test_experiments.py"], re.MULTILINE)
+    sections = re.findall(r"^## .*: experiments/(\w+)\.py$", RESULTS, re.MULTILINE)
+    assert sorted(sections) == sorted(EXPERIMENTS)
+    for name in EXPERIMENTS:
+        assert any(test.startswith(name) for test in tests), name
+        assert f"python -m experiments.{name}" in RESULTS and name + ".py " in README
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_that_is_run_as_a_file_says_in_one_line_how_to_run_it(name):
+    command = [sys.executable, f"experiments/{name}.py"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and not done.stdout and done.stderr.count("\n") == 1
+    assert f"python -m experiments.{name}" in done.stderr
+
+
+# --- README.md and RESULTS.md --------------------------------------------------------------------
+def test_the_tree_in_the_readme_names_every_file_and_no_other():
+    tree = README[README.index("## What is where"):README.index("## Departures")]
+    named = set(re.findall(r"^ {4,8}([\w/]+(?:\.\w+)?/?) +\w", tree, re.MULTILINE))
+    there = {name.removeprefix("experiments/") for name in CODE if not name.startswith("tests/")}
+    assert named == there | {"experiments/", "tests/", "walkthrough.ipynb", "RESULTS.md"}
+
+
+def test_the_index_of_equations_names_the_function_that_each_stands_in():
+    index = dict(re.findall(r"\b(\d+) \([-\d]+\) +(\w+)", infini.__doc__))
+    assert [*map(int, index)] == list(range(1, 12))
+    for number, name in index.items():
+        home = getattr(infini, name, None) or getattr(infini.InfiniAttention, name)
+        assert f"Eq. {number}" in home.__doc__.replace(",", " ").replace(".  ", ". "), name
+
+
+def departures(name):
+    """Find the functions, classes and modules of a file in which a Departure comment stands."""
+    lines, found = CODE[name].splitlines(), []
+    nodes = [node for node in ast.walk(ast.parse(CODE[name])) if hasattr(node, "body")
+             and isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    for i, line in enumerate(lines, 1):
+        if re.search(r"(^|\W)Departure: ", line):
+            homes = [n for n in nodes if n.lineno <= i <= n.end_lineno]
+            inner = max(homes, key=lambda n: n.lineno, default=None)
+            found.append(inner.name if inner else Path(name).name)
+    return found
+
+
+def test_every_departure_in_the_code_is_a_row_of_the_readme_and_every_row_is_in_the_code():
+    table = README[README.index("| the paper | here | where |"):].split("\n\n")[0]
+    rows = re.findall(r"^\| .+ \| .+ \| `([\w.]+)` \|$", table, re.MULTILINE)
+    assert len(rows) == len(table.splitlines()) - 2
+    found = [home for name in CODE if not name.startswith("test") for home in departures(name)]
+    assert sorted(found) == sorted(rows)
+
+
+def test_the_readmes_example_runs():
+    names = {}
+    exec(re.search(r"```python\n(.+?)```", README, re.DOTALL).group(1), names)
+    assert names["o"].shape == (2, 7, 128) and names["text"].shape == (2, 70)
+
+
+def test_the_readmes_numbers_are_those_of_the_results():
+    rows = re.findall(r"^\| ([^|]+) \| [^|]+ \| (\d[^|]+(?:\| [^|]+)+) \|$", README, re.MULTILINE)
+    table, rows = dict(rows), {"ours, 138K parameters, `plain`": "plain delta 0",
+                               "ours without memory, `local`": "local - 0",
+                               "ours, `fast-forward`": "fast-forward delta 0"}
+    for name, row in rows.items():
+        cells = re.search(rf"^    {row} +(.+)$", RESULTS, re.MULTILINE).group(1).split()
+        assert table[name].split(" | ") == [cells[i] for i in (1, 2, 4, 5)]
+    cells = passkey.PAPER["plain", "delta"].split()
+    assert table["the paper, 1B parameters"].split(" | ") == [cells[i] for i in (0, 1, 3, 4)]
+    for (way, rule), cells in passkey.PAPER.items():
+        ours = RESULTS.index(f"    {way} {rule} 0")
+        assert RESULTS[ours:].splitlines()[1].split()[-5:] == cells.split(), (way, rule)
+
+
+def test_links_and_pictures_lead_to_files_that_are_there():
+    for text in (README, RESULTS):
+        links = re.findall(r"\]\((?!http)([^)#]+)\)", text)
+        for path in links + re.findall(r"\bassets/[\w.-]+\.\w+", text):
+            assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("line", sorted(set(COMMANDS)))
+def test_every_command_of_the_pages_is_one_that_its_parser_takes(line, monkeypatch, tmp_path):
+    words = line.replace("FILE ...", "a.pt").replace("FILE", "a.pt").split()[1:]
+    name = words[1] if words[0] == "-m" else Path(words[0]).stem
+    module = importlib.import_module(name)
+
+    def parsed(*_, **__):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(module, "set_up", parsed)
+    monkeypatch.setattr(sys, "argv", ["command", *words[2 if words[0] == "-m" else 1:]])
+    with pytest.raises(KeyboardInterrupt):
+        module.main()
+
+
+# --- walkthrough.ipynb ---------------------------------------------------------------------------
+def notebook():
+    return nbformat.read(ROOT / "walkthrough.ipynb", as_version=4)
+
+
+def outputs_of(cells):
+    return [output for cell in cells for output in cell.get("outputs", [])]
+
+
+def test_the_walkthrough_runs_from_top_to_bottom_without_a_warning(walkthrough_run):
+    done = walkthrough_run
+    assert all(output.get("name") != "stderr" for output in outputs_of(done.cells))
+    assert [c.execution_count for c in done.cells if c.cell_type == "code"] == list(
+        range(1, 1 + sum(c.cell_type == "code" for c in done.cells)))
+
+
+def test_the_saved_outputs_of_the_walkthrough_come_from_this_version_of_what_it_uses(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    cells = [cell for cell in notebook().cells if cell.cell_type == "code"]
+    names = {}
+    exec(next(cell.source for cell in cells if "import passkey" in cell.source), names)
+    exec(cells[-1].source, names)
+    printed = outputs_of(cells[-1:])[0]["text"]
+    assert names["fingerprint"]() in printed, "refresh: jupyter execute --inplace walkthrough.ipynb"
+
+
+def test_the_readmes_picture_is_the_walkthroughs_first():
+    pictures = [output["data"]["image/png"] for output in outputs_of(notebook().cells)
+                if "image/png" in output.get("data", {})]
+    assert base64.b64decode(pictures[0]) == (ROOT / "assets/idea.png").read_bytes()
+
+
+def test_the_saved_walkthrough_holds_no_warning_and_no_path_of_the_machine_that_made_it():
+    assert (ROOT / "walkthrough.ipynb").stat().st_size < 1_500_000
+    assert notebook().metadata.kernelspec.name == "python3"
+    for output in outputs_of(notebook().cells):
+        data = {kind: text for kind, text in output.get("data", {}).items() if "image" not in kind}
+        text = output.get("text", "") + json.dumps(data)
+        assert output.get("name") != "stderr" and "Warning" not in text and "Traceback" not in text
+        assert not re.search(r"(?<![\w.)])(~|[A-Za-z]:\\|/)[\w.-]+[/\\]\w", text), text
+
+
+def test_every_name_of_our_code_that_the_walkthrough_mentions_is_there():
+    prose = "\n".join(c.source for c in notebook().cells if c.cell_type == "markdown")
+    named = re.findall(r"`(infini|train|passkey|experiments\.\w+)\.(?!py\b)(\w+)", prose)
+    for module, name in named:
+        assert hasattr(importlib.import_module(module), name), (module, name)
+    models = re.findall(r"assets/[\w-]+\.pt", prose)
+    assert named and models and all((ROOT / path).exists() for path in models)

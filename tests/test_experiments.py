@@ -1,0 +1,420 @@
+"""Each experiment is run in small. What it prints, draws and writes is computed another way."""
+import csv
+import math
+import random
+import re
+from dataclasses import asdict, replace
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from matplotlib.colors import to_rgba
+from torch.utils.flop_counter import FlopCounterMode
+
+import infini
+import passkey
+import train
+from experiments import bench, compare, curves, dilution, fast_forward, gates, plug, texts
+from infini import InfiniConfig, InfiniTransformer, stream
+from test_infini import KINDS, RULES, SMALL, make, o_sigma, same
+
+LM = dict(batch=2, segments=4, lr=4e-3, gate_lr=3e-2, n_layers=2, d_model=16, n_heads=2, d_key=4,
+          segment_len=8, rope_base=10.0, gate_init=-1.5, gate_spread=5.1)
+
+
+@pytest.fixture
+def small(monkeypatch, folder, tmp_path):    # arguments for text, files and threads
+    monkeypatch.setattr(train, "LM", LM)
+    return ["--data", folder, "--out", tmp_path, "--threads", 1]
+
+
+@pytest.fixture
+def figures(monkeypatch):    # all that would have been closed
+    found = []
+    monkeypatch.setattr(plt, "close", found.append)
+    return found
+
+
+def rows_of(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.reader(file))
+
+
+def pieces(folder, length):
+    return train.validation_pieces(train.read_documents(folder)[1], length)
+
+
+def bits_of(model, tokens):
+    """The bits of every byte but the first, (n, T), from the probabilities."""
+    with torch.no_grad():
+        p = model(tokens[:, :-1])[0].double().softmax(-1).gather(-1, tokens[:, 1:, None])
+    return -p[..., 0].log2()
+
+
+def trained(path, **told):
+    """The model in a checkpoint whose training was told this."""
+    model, settings = train.load_model(path)
+    assert told.items() <= settings.items()
+    return model
+
+
+def cells(line):
+    """The name and the cells of a row of a table, each a list of numbers."""
+    name, rest = line.replace(",", "").split(maxsplit=1)
+    numbers = re.findall(r"-?[\d.]+(?: \+- [\d.]+)?", rest)
+    return [name, *([float(x) for x in cell.split(" +- ")] for cell in numbers)]
+
+
+def near(cell, values):
+    """Whether a cell holds the mean and the standard deviation of the values."""
+    return cell == pytest.approx([np.mean(values), np.std(values, ddof=1)], abs=1.1e-4)
+
+
+def save_model(path, training="short", seed=0, **config):
+    torch.manual_seed(seed)
+    model = InfiniTransformer(passkey.model_config(**config))
+    settings = dict(training=training, seed=seed, digits=4)
+    train.write_checkpoint(path, dict(model=model.state_dict(), config=asdict(model.config),
+                                      settings=settings, losses=0, gates=0, optimizer=None))
+    return path
+
+
+# --- curves and compare --------------------------------------------------------------------------
+def test_curves_show_each_point_with_plain_ticks_and_can_be_told_apart(figures, tmp_path):
+    lines = {"a": ([1, 4, 2 ** 20], [0.5, 20.0, 1000.0]), "b": (torch.tensor([2]), torch.ones(1))}
+    for scale in ("linear", "log"):
+        curves.draw_lines(lines, tmp_path / "x.png", "tokens", "share", scale, scale)
+        axis, = figures[-1].axes
+        assert axis.get_xscale() == axis.get_yscale() == scale
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("tokens", "share")
+    assert axis.get_legend_handles_labels()[1] == ["a", "b"] and axis.get_legend()
+    assert len({line.get_marker() for line in axis.lines} - {"None"}) == 2
+    same(np.array(axis.lines[0].get_data()), np.array(lines["a"]))
+    x, y = ([t.get_text() for t in which()] for which in (axis.get_xticklabels, axis.get_yticklabels))
+    assert x == ["1", "2", "4", "1M"] and {"0.1", "1", "100"} <= {*y} and "$" not in "".join(y)
+    assert all(text.get_fontsize() >= 7 for text in figures[-1].findobj(plt.Text))
+    assert rows_of(tmp_path / "x.csv") == [
+        ["curve", "tokens", "share"], ["a", "1.0", "0.5"], ["a", "4.0", "20.0"],
+        ["a", "1048576.0", "1000.0"], ["b", "2.0", "1.0"]]
+    assert curves.mean_and_deviation(torch.tensor([1.0, 2.0, 6.0])) == "3.0000 +- 2.6458"
+    assert curves.mean_and_deviation(torch.tensor([1.5])) == "1.5000"
+
+
+def test_compare_prints_what_can_be_computed_by_hand(small, folder, tmp_path, command):
+    code, out, err = command(compare.main, "--steps", 3, "--seeds", 2, *small)
+    assert code == 0 and err.count("3/3 steps") == 10
+    tokens, costs, forgot = pieces(folder, 129), {}, {}
+    for kind, seed in ((kind, seed) for kind in train.KINDS for seed in (0, 1)):
+        model = trained(tmp_path / f"lm-{kind}-seed{seed}.pt", kind=kind, seed=seed, steps=3,
+                        batch=2, length=32, lr=4e-3, gate_lr=3e-2)
+        assert model.config == InfiniConfig(
+            d_model=16, n_layers=2, n_heads=2, d_key=4, d_value=4, d_ff=64, segment_len=8,
+            rope_base=10.0, gate_init=-1.5, gate_spread=5.1, **train.KINDS[kind])
+        cost = bits_of(model, tokens[:, :33] if kind == "full" else tokens)
+        costs[kind, seed] = cost.unflatten(1, (-1, 8)).mean((0, 2)).numpy()
+        alone = torch.stack([bits_of(model, tokens[:, i:i + 9]) for i in range(0, 32, 8)])
+        forgot.setdefault(kind, []).append(alone.mean())
+    header, *rows = rows_of(tmp_path / "compare.csv")
+    assert header == ["kind", "seed", "segment", "bits_per_byte"]
+    assert [(kind, int(seed), int(i), float(x)) for kind, seed, i, x in rows] == [
+        (*who, i, pytest.approx(x)) for who, cost in costs.items() for i, x in enumerate(cost, 1)]
+    assert f"\n{len(tokens)} held-out pieces of 32 bytes, 2 seeds" in out
+    header, *lines = out.splitlines()[-6:]
+    assert re.split("  +", header) == ["kind", "bits per byte", "less than local", "perplexity",
+                                       "forgetful", "memory: counted", "Table 1"]
+    memory = dict(local=0, xl=256, linear=80, delta=80, full=1024)
+    for kind, line in zip(train.KINDS, lines, strict=True):
+        name, value, gain, perplexity, *without, counted, formula = cells(line)
+        values, local = (np.array([np.mean(costs[k, seed][:4]) for seed in (0, 1)])
+                         for k in (kind, "local"))
+        assert name == kind and near(value, values) and near(gain, local - values)
+        assert perplexity == pytest.approx([2 ** values.mean()], rel=1e-5)
+        assert counted == formula == [memory[kind]] and len(without) == (kind in RULES)
+        assert all(near(cell, forgot[kind]) for cell in without)
+    drawn = [(kind, float(x), float(y)) for kind, x, y in rows_of(tmp_path / "context.csv")[1:]]
+    s = np.mean([costs["delta", 0], costs["delta", 1]], 0)
+    curve = [(1, s[0]), (2, s[1]), (4, s[2:4].mean()), (8, s[4:8].mean()), (16, s[8:].mean())]
+    same([(x, y) for kind, x, y in drawn if kind == "delta"], curve, 1e-5)
+    assert [kind for kind, x, _ in drawn if x == 4] == [*train.KINDS] and len(drawn) == 4 * 5 + 3
+    code, again, err = command(compare.main, "--steps", 3, "--seeds", 2, *small, "--resume")
+    assert code == 0 and again == out and "3/3 steps" not in err
+    assert compare.by_position(torch.arange(11.0)) == ([1, 2, 4, 8, 11], [0, 1, 2.5, 5.5, 9])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compare_knows_by_table_1_what_a_state_holds(kind):
+    model = make(kind)
+    for length in (2 * SMALL.segment_len, 5 * SMALL.segment_len):
+        state = model(torch.zeros(1, length, dtype=torch.long))[1]
+        assert compare.numbers_in(state) == compare.context_memory(model.config, length)
+    paper = replace(model.config, n_layers=12, n_heads=8, d_key=128, d_value=128, segment_len=2048)
+    numbers = dict(infini=1_585_152, xl=50_331_648, full=16 * 50_331_648, local=0)
+    assert compare.context_memory(paper, 2 ** 15) == numbers[paper.attention]
+
+
+# --- gates and plug ------------------------------------------------------------------------------
+def test_gates_are_shown_as_training_noted_them(small, figures, tmp_path, command):
+    code, out, _ = command(gates.main, "--steps", 150, "--rule", "linear", "--seed", 4, *small)
+    tables = re.findall(r"gates (.+): sigmoid.+\nlayer 1 (.+)\nlayer 2 (.+)", out)
+    header, *rows = rows_of(tmp_path / "gates.csv")
+    assert code == 0 and header == ["gate_lr", "step", "layer", "head", "gate"]
+    steps, names = [*range(2, 151, 2)], []
+    for rate, table, above, below in zip((0.03, 0.004), tables, *(
+            figures[0].axes[:2], figures[0].axes[2:4]), strict=True):
+        path = tmp_path / f"lm-linear-gates-{rate}-seed4.pt"
+        model = trained(path, gate_lr=rate, lr=0.004, seed=4, steps=150, kind="linear")
+        history, last = train.read_checkpoint(path)["gates"], model.gates()
+        assert float(table[0]) == rate and above.get_title() == f"learning rate of the gates {rate}"
+        same([[*map(float, line.split())] for line in table[1:]], last, 5e-4)
+        same(above.images[0].get_array(), last, 1e-6)
+        some = [row for row in rows if float(row[0]) == rate]
+        assert [row[1:4] for row in some] == [[str(step), layer, head] for step in steps
+                                              for layer in "12" for head in "12"]
+        same([float(row[4]) for row in some], history.flatten(), 1e-6)
+        for line, style, values in zip(below.lines, ["C1--", "C1--", "C0-", "C0-"],
+                                       history.flatten(1).T, strict=True):
+            assert to_rgba(line.get_color()) == to_rgba(style[:2])
+            assert line.get_linestyle() == style[2:] and [*line.get_xdata()] == steps
+            same(line.get_ydata(), values, 1e-6)
+        assert [text.get_text() for text in below.texts] == [" 1", " 2"] * 2
+        assert below.get_legend_handles_labels()[1] == ["layer 1", "layer 2"]
+
+
+@pytest.mark.parametrize("gate", [-30, 2])
+def test_plug_starts_where_local_ended_if_gates_are_closed(gate, small, folder, tmp_path, command):
+    code, out, _ = command(plug.main, "--steps", 25, "--seeds", 2, "--plug-gate", gate, *small)
+    header, *lines = out.splitlines()[-4:]
+    assert code == 0 and re.split("  +", header) == ["goes on as", "at the start", "2 steps on",
+                                                     "less than local"]
+    table, tokens = {name: row for name, *row in map(cells, lines)}, pieces(folder, 33)
+    starts = [bits_of(trained(tmp_path / f"lm-local-seed{seed}.pt", steps=25), tokens).mean()
+              for seed in (0, 1)]
+    ends, losses = {}, []
+    for kind in ("local", "linear", "delta"):
+        paths = {seed: tmp_path / f"lm-plug-{kind}-seed{seed}.pt" for seed in (1000, 1001)}
+        models = [trained(path, lr=2e-3, gate_lr=3e-2, steps=2, seed=seed, length=32, batch=2)
+                  for seed, path in paths.items()]
+        assert all(kind in (model.config.attention, model.config.update) for model in models)
+        ends[kind] = [bits_of(model, tokens).mean() for model in models]
+        losses += np.mean([train.read_checkpoint(p)["losses"] for p in paths.values()], 0).tolist()
+        assert near(table[kind][0], starts) == (gate == -30 or kind == "local")
+        assert near(table[kind][1], ends[kind])
+        assert near(table[kind][2], np.subtract(ends["local"], ends[kind]))
+    drawn = rows_of(tmp_path / "plug.csv")[1:]
+    assert [row[:2] for row in drawn] == [[kind, x] for kind in ends for x in ("1.0", "2.0")]
+    same([float(row[2]) for row in drawn], np.array(losses) / math.log(2), 1e-6)
+    ends, means = plug.means(torch.arange(250.0))
+    assert ends.tolist() == [*range(3, 250, 3), 250]
+    same(means[[0, -1]] * math.log(2), [1.0, 249.0], 1e-6)
+
+
+# --- fast_forward --------------------------------------------------------------------------------
+@pytest.mark.parametrize("rule", RULES)
+def test_fast_forward_leaves_the_memory_that_reading_all_of_the_hay_leaves(rule):
+    assert fast_forward.leaps(80) == [1, 2, 6, 18, 53] and fast_forward.leaps(0) == []
+    torch.manual_seed(0)
+    model, hay = InfiniTransformer(passkey.model_config(update=rule)), passkey.encode(passkey.HAY)
+    needles = [passkey.encode(passkey.NEEDLE.format(key)) for key in ("9054", "1177")]
+    with torch.no_grad():
+        _, start = model(torch.stack(needles))
+        _, read = stream(model, hay.repeat(4 * 300).expand(2, -1), start)
+        counted = fast_forward.fast_forward(model, start, 300, hay.repeat)
+        question = passkey.encode(passkey.QUESTION).expand(2, -1)
+        same(*(model(question, state)[0].softmax(-1) for state in (counted, read)), 2e-3)
+    for s, r, c in zip(start, read, counted):
+        assert (c.k - r.k).abs().max() < 1e-2 and c.k.shape == r.k.shape
+        assert (c.memory.z - r.memory.z).norm() < 1e-3 * r.memory.z.norm()
+        assert (c.memory.M - r.memory.M).norm() < 2e-3 * r.memory.M.norm()
+        assert (s.memory.M - r.memory.M).norm() > 0.9 * r.memory.M.norm()    # it is not nothing
+
+
+def test_fast_forward_asks_for_training_keys_behind_up_to_a_million_tokens(monkeypatch):
+    periods, sides, shifts, keys, counted = [], set(), set(), [], fast_forward.fast_forward
+    monkeypatch.setattr(fast_forward, "fast_forward", lambda model, state, n, write: (
+        periods.append(n), counted(model, state, n, write))[1])
+    model, calls = InfiniTransformer(passkey.model_config(d_model=8, n_heads=1, n_layers=1)), []
+    model.register_forward_pre_hook(lambda _, inputs: calls.append(inputs[0]))
+    for step in range(60):
+        calls.clear()
+        loss, n_tokens, _ = fast_forward.fast_forward_loss(model, random.Random(step))
+        assert n_tokens == sum(call.numel() for call in calls[1:]) + 6
+        before, after = periods[-2:]
+        sides.add((before > 0, after > 0))
+        shifts.add(len(calls[0][0]) - len(passkey.encode(passkey.INTRO)))
+        for needle, end in zip(calls[1 + len(fast_forward.leaps(before))], calls[-1], strict=True):
+            text = re.sub(r"(?<=\d) (?=\d)", "", passkey.decode([*needle, *end]))
+            key, again, asked = re.findall(r"\d+", text)
+            keys += [key] * (key == again and asked == key[:-1])
+    assert len(keys) == 6 * 60 and not any(map(passkey.is_held_out, keys))
+    assert sides == {(True, False), (False, True), (True, True)} and shifts == {0, 24, 48, 72}
+    assert 800_000 < max(periods) * 96 <= 1_200_000 and 10 <= min(filter(None, periods)) < 40
+    loss.backward()
+    assert all(p.grad.norm() > 0 for p in model.parameters())
+
+
+def test_fast_forward_trains_on_from_short_models(tmp_path, monkeypatch, command):
+    used, trained = [], []
+    for module, name in ((fast_forward, "fast_forward_loss"), (passkey, "plain_loss")):
+        monkeypatch.setattr(module, name, lambda model, rng, name=name, **sizes: (
+            used.append((name, rng.random(), sizes)),
+            (model.head.weight.square().mean(), 1, {}))[1])
+    def two_steps(model, loss_of, steps, path, *rates, **kw):
+        trained.append((path.name, steps, rates, model.head.weight.sum().item()))
+        train.train(model, loss_of, 2, path, *rates, **kw)
+    monkeypatch.setattr(passkey, "train", two_steps)
+    shorts = [save_model(tmp_path / f"{rule}.pt", seed=seed, update=rule)
+              for rule, seed in (("linear", 5), ("delta", 3))]
+    sums = [train.load_model(path)[0].head.weight.sum().item() for path in shorts]
+    options = ["--keys", 2, "--lengths", "128,256", "--out", tmp_path, "--threads", 1]
+    code, out, _ = command(fast_forward.main, "--load", *shorts, *options)
+    assert code == 0 and "2 keys" in out and trained == [
+        ("passkey-fast-forward-linear-seed5.pt", 1600, (2e-3, 1e-2), sums[0]),
+        ("passkey-fast-forward-delta-seed3.pt", 1600, (2e-3, 1e-2), sums[1])]
+    kinds = [("plain_loss", dict(longest=1024, tokens_per_step=2048)), ("fast_forward_loss", {})]
+    assert used == [(name, random.Random(f"{seed} tuned/{step}").random(), sizes)
+                    for seed in (5, 3) for step, (name, sizes) in enumerate(kinds)]
+    found = {tuple(row[:5]) for row in rows_of(tmp_path / "fast-forward.csv")[1:]}
+    assert found == {("fast-forward", *who, n, depth) for who in (("linear", "5"), ("delta", "3"))
+                     for n in ("128", "256") for depth in ("0", "0.5", "1")}
+    trained.clear()    # without --load it trains short models first
+    code, *_ = command(fast_forward.main, "--steps", 7, *options)
+    assert code == 0 and [row[:2] for row in trained] == [
+        (f"passkey-{way}-{rule}-seed0.pt", 7) for rule in RULES for way in ("short", "fast-forward")]
+    other = save_model(tmp_path / "other.pt", training="plain", update="linear")
+    for bad in ([other], [shorts[0], shorts[0]]):
+        code, _, err = command(fast_forward.main, "--load", *bad, *options)
+        assert code == 2 and re.fullmatch("error: --load was .+, must be .+\n", err)
+
+
+# --- dilution and texts --------------------------------------------------------------------------
+def test_dilution_is_the_needles_part_of_the_weights_of_all_tokens_in_the_memory():
+    torch.manual_seed(0)
+    model = InfiniTransformer(passkey.model_config(update="linear")).double()
+    task = passkey.one_key("9054")
+    shares = dict(dilution.needle_shares(model, task, [300, 130]))
+    first, n_needle = (len(passkey.encode(text)) for text in (passkey.INTRO, task.needle))
+    for n, share in shares.items():
+        hay = passkey.write_hay("paper", passkey.paragraphs(n, task), None)
+        text = passkey.write_input(task, hay, 0)[:-4]
+        past, x = (len(text) - 1) // 32 * 32, model.embedding(text[None])    # whole segments
+        for block, heads in zip(model.blocks, share):
+            q, k, _ = (y[0].detach().numpy() for y in block.attention.project(block.norm1(x)))
+            sq, sk = np.apply_along_axis(o_sigma, -1, q[:, -1]), np.apply_along_axis(o_sigma, -1, k)
+            weights = np.einsum("hd,htd->ht", sq, sk)
+            needle = weights[:, first:first + n_needle]
+            same(heads, needle.sum(1) / weights[:, :past].sum(1), 1e-9)
+            x, _ = block(x, None)
+    assert list(shares) == [130, 300] and (shares[130] > shares[300]).all()
+
+
+def test_dilution_shows_the_head_that_is_best_at_first(tmp_path, command):
+    delta, linear = (save_model(tmp_path / f"{rule}.pt", update=rule) for rule in ("delta", "linear"))
+    local = save_model(tmp_path / "local.pt", attention="local")
+    options = ["--lengths", "2K,128", "--out", tmp_path, "--threads", 1]
+    code, out, _ = command(dilution.main, "--load", delta, linear, local, delta, *options)
+    rows = []
+    for name, path in (("short delta 0", delta), ("short linear 0", linear),
+                       ("short delta 0 (3)", delta)):    # a second one of this name
+        at = [100 * share for _, share in dilution.needle_shares(
+            train.load_model(path)[0], passkey.one_key("9054"), [128, 2048])]
+        rows.append((name, at[0].max().item(), at[1][at[0] == at[0].max()].item()))
+    assert code == 0 and [re.split("  +", line) for line in out.splitlines()] == [
+        ["Needle's share in %", "128", "2K"], *([name, *map("{:.3g}".format, row)]
+                                                for name, *row in rows)]
+    drawn = [(name, float(x), float(y)) for name, x, y in rows_of(tmp_path / "dilution.csv")[1:]]
+    assert drawn == [(name, n, pytest.approx(y)) for name, *row in rows
+                     for n, y in zip((128, 2048), row)]
+    for bad in (["--load", local, *options], ["--load", delta, "--lengths", 127]):
+        code, _, err = command(dilution.main, *bad)
+        assert code == 2 and re.fullmatch("error: --.+ was .+, must .+\n", err)
+
+
+def test_texts_differ_from_the_papers_in_one_thing_each(tmp_path, monkeypatch, command):
+    path, asked = save_model(tmp_path / "a.pt", seed=2), []
+    monkeypatch.setattr(passkey, "evaluate", lambda model, tasks, lengths, depths, hay: (
+        asked.append((tasks, lengths, depths, hay)),
+        [passkey.Found(n, depth, 0.25, 0.0) for n in lengths for depth in depths])[1])
+    options = ["--lengths", "1K,8K", "--depths", "0,25", "--keys", 3, "--eval-seed", 7]
+    code, out, _ = command(texts.main, "--load", path, *options, "--out", tmp_path, "--threads", 1)
+    names, end = ["paper", "words", "6-digits", "decoy"], " is the blue info."
+    assert code == 0 and re.findall(r"^([\w-]+): ", out, re.M) == names
+    keys = passkey.draw_keys(random.Random("evaluation 7"), 3, 4, held_out=True)
+    for name, (tasks, *rest) in zip(names, asked[::2], strict=True):    # others: beyond 32K
+        assert rest == [[1024, 8192], [0, 0.25], "words" if name == "words" else "paper"]
+        assert [task.answer for task in tasks] == keys or name == "6-digits"
+        assert {len(task.answer) for task in tasks} == {6 if name == "6-digits" else 4}
+        for needle, question, key in tasks:
+            decoy = f" {passkey.HAY} The blue info is {key[::-1]}. Find it. {key[::-1]}{end}"
+            assert passkey.is_held_out(key) and question == passkey.QUESTION
+            assert needle == (f"The pass key is {key}. Remember it. {key} is the pass key."
+                              + decoy * (name == "decoy")) and len(passkey.encode(needle))
+        rows = rows_of(tmp_path / f"texts-{name}.csv")
+        assert len(rows) == 1 + 4 and rows[1][:3] == ["short", "delta", "2"]
+
+
+# --- bench ---------------------------------------------------------------------------------------
+def test_bench_divides_what_its_rows_say(tmp_path, monkeypatch, command):
+    monkeypatch.setattr(bench, "SIZES", dict(
+        repeats=1, rows=((1, 40),), paper_tokens=8, parallel_tokens=64, full_tokens=64, near=64,
+        far=256, early=64, late=128, new_tokens=2, segments=2, matrix=8))
+    ran, forward = [], infini.InfiniAttention.forward
+    monkeypatch.setattr(infini.InfiniAttention, "forward", lambda layer, x, state=None: (
+        ran.append((layer.config, state)), forward(layer, x, state))[1])
+    def seconds(action):    # not how long it takes, but a number that says what runs
+        ran.clear()
+        action()
+        if not ran:
+            return 7.0
+        c, state = ran[0]
+        n = dict(local=2.0, infini={"linear": 3.0, "delta": 4.0}[c.update], full=5.0)[c.attention]
+        n += c.d_model * (c.d_model == 1024) + 100 * (c.form == "recurrent")
+        return n if state is None else state.memory.z.mean().item()
+    monkeypatch.setattr(bench, "medians", lambda repeats, *actions: [*map(seconds, actions)])
+    monkeypatch.setattr(bench, "in_new_process", lambda function, *args: (
+        function(*args), 9.0 + args[0])[1])
+    code, out, err = command(bench.main, "--out", tmp_path, "--threads", 1)
+    (header, *rows), lines = rows_of(tmp_path / "bench.csv"), out.splitlines()
+    assert code == 0 and not err and header == ["what", "first", "second", "unit", "ratio"]
+    found = [(what, float(first), float(second)) for what, first, second, *_ in rows]
+    flops = 3 * 2 * 8 * 8 * (2 * 1024 + 2048 + 128) * 256
+    expected = [
+        ("peak.*1M / 32K", 265, 73), ("peak.*training, 2 seg.*=True / without", 10, 9),
+        ("training step, small, Linear / local", 3e3, 2e3), ("t.*small, Delta / local", 4e3, 2e3),
+        ("t.*paper layer, Linear / local", 1027, 1026), ("t.*paper.*Delta / local", 1028, 1026),
+        ("rate.*Linear.* product", flops / 1027e9, 2 * 8 ** 3 / 7e9),
+        ("training speed.*parallel / recurrent", 64 / 3, 64 / 103)]
+    for (what, *numbers), (pattern, *values) in zip(found, expected):
+        assert re.match(pattern, what) and numbers == pytest.approx(values), what
+    assert [re.sub("[^a-z/]", "", what) for what, *_ in found[8:]] == [
+        "streamingtimepertokenat/at", "generatetimepertoken/tokensintothetext",
+        "forwardsmalltokensfull/infini"]
+    assert found[8][1] > 3 * found[8][2] and found[9][1] > 1.5 * found[9][2]    # a longer past
+    assert found[10][1:] == (5.0, 4.0)
+    for (what, first, second, _, ratio), line in zip(rows, lines[2:], strict=True):
+        assert float(ratio) == pytest.approx(float(first) / float(second))
+        assert line.startswith(what) and line.split()[-1] == f"{float(ratio):.3g}"
+
+
+def test_bench_takes_turns_and_finds_the_median_of_each_action(monkeypatch):
+    clock, turns, seconds = [0.0], [], {"a": [1.0, 9.0, 2.0], "b": [5.0, 4.0, 60.0]}
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
+    def act(name):
+        turns.append(name)
+        clock[0] += seconds[name][turns.count(name) - 1]
+    assert bench.medians(3, lambda: act("a"), lambda: act("b")) == [2.0, 5.0]
+    assert turns == ["a", "b"] * 3
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_bench_counts_the_operations_that_pytorch_counts(rule):
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        step, counted = bench.layer_step(4 * 2048, update=rule)
+        step()
+    assert 0.96 < counted / counter.get_total_flops() <= 1
+
+
+@pytest.mark.skipif(bench.resource is None, reason="Windows does not count it")
+def test_bench_measures_the_peak_of_a_process_alone():
+    here = torch.ones(2 ** 26)    # 256 MB, of which a new process knows nothing
+    assert bench.in_new_process(bench.peak_memory) < bench.peak_memory() - here.nbytes / 2 ** 21

@@ -1,0 +1,350 @@
+"""The claims about train.py: the loop, checkpoints, the language model and the command."""
+import copy
+import math
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sysconfig
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train
+from test_infini import KINDS, SMALL, make, same, tokens_of
+
+TINY = ["--steps", 2, "--segment-len", 8, "--n-layers", 1, "--d-model", 16]    # 256 bytes per step
+
+
+def toy_loss(model, step):
+    tokens = tokens_of(2, 13, seed=step)
+    logits = model(tokens[:, :-1])[0]
+    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()), 24, {"shown": 1.0}
+
+
+def train_toy(path, steps=7, loss_of=toy_loss, model=None, **other):
+    model = model or make(dtype=torch.float32)
+    options = dict(lr=0.01, gate_lr=0.1, warmup=2, save_every=2, settings=dict(seed=0))
+    return model, train.train(model, loss_of, steps, path, **{**options, **other})
+
+
+def equal(model, other):
+    return all(torch.equal(p, other.state_dict()[name]) for name, p in model.state_dict().items())
+
+
+# --- Optimizer and loop --------------------------------------------------------------------------
+def test_each_parameter_is_in_one_group_and_only_matrices_have_weight_decay():
+    model = torch.nn.ParameterDict({name: torch.ones(shape) for name, shape in dict(
+        beta=(3, 2), alphabeta=(2, 2), cube=(2, 3, 4), gain=(3,), scale=()).items()})
+    model.deep = torch.nn.ParameterDict(dict(beta=torch.ones(3), weight=torch.ones(2, 2)))
+    names = {p: name for name, p in model.named_parameters()}
+    groups = {(group["peak"], group["weight_decay"]): sorted(names[p] for p in group["params"])
+              for group in train.make_optimizer(model, 0.1, 0.2, 0.3).param_groups}
+    assert groups == {(0.1, 0.3): ["alphabeta", "cube", "deep.weight"],
+                      (0.1, 0): ["gain", "scale"], (0.2, 0): ["beta", "deep.beta"]}
+
+
+def test_a_training_is_adam_with_clipped_gradients_a_warm_up_and_half_a_cosine(tmp_path):
+    def loss_of(model, step):    # the gradient is longer than 1 in every second step only
+        loss, *rest = toy_loss(model, step)
+        return loss * (50 if step % 2 else 0.01), *rest
+    by_hand = make()
+    adam = torch.optim.AdamW([dict(params=[p], gate=name.endswith("beta"), weight_decay=0.2 * (
+        p.dim() == 2)) for name, p in by_hand.named_parameters()], betas=(0.9, 0.98))
+    for t in range(7):
+        slopes = torch.autograd.grad(loss_of(by_hand, t)[0], by_hand.parameters())
+        length = math.sqrt(sum((slope ** 2).sum().item() for slope in slopes))
+        assert (length > 1) == (t % 2 == 1)
+        share = min(1, (t + 1) / 3) * (0.55 + 0.45 * math.cos(math.pi * t / 7))
+        for group, slope in zip(adam.param_groups, slopes):
+            group["params"][0].grad = slope / max(1, length)
+            group["lr"] = share * (0.1 if group["gate"] else 0.01)
+        adam.step()
+    model, _ = train_toy(tmp_path / "a.pt", 7, loss_of, make(), weight_decay=0.2, warmup=3)
+    for p, expected in zip(model.parameters(), by_hand.parameters()):
+        same(p, expected, 1e-5)
+
+
+@pytest.mark.parametrize("broken", [lambda loss: loss * math.nan, lambda loss: loss + math.inf,
+                                    lambda loss: loss + (loss - loss.detach()).sqrt()])
+def test_no_step_is_taken_with_a_loss_or_a_gradient_that_is_not_finite(broken, tmp_path):
+    def loss_of(model, step):
+        loss, *rest = toy_loss(model, step)
+        seen.append(copy.deepcopy(model))
+        return broken(loss) if step == 5 else loss, *rest
+    model, seen = make(dtype=torch.float32), []
+    with pytest.raises(ValueError, match="loss was .*, its gradient .* at step 6"):
+        train_toy(tmp_path / "a.pt", loss_of=loss_of, model=model, save_every=5)
+    assert equal(model, seen[5]) and not equal(model, seen[4])
+    assert equal(seen[5], train.load_model(tmp_path / "a.pt")[0])
+
+
+# --- Stopped and resumed -------------------------------------------------------------------------
+@pytest.mark.parametrize("at, presses, saved", [(0, 1, 1), (4, 1, 5), (6, 1, 7), (5, 2, 4)])
+def test_a_training_stopped_by_ctrl_c_and_resumed_ends_as_one_that_was_not_stopped(
+        at, presses, saved, tmp_path, capfd):
+    gates, steps, before = [], [], signal.getsignal(signal.SIGINT)
+    with ThreadPoolExecutor(1) as pool:    # where no Ctrl-C can be caught
+        whole, losses = pool.submit(train_toy, tmp_path / "whole.pt", loss_of=lambda *at: (
+            gates.append(at[0].gates()) or toy_loss(*at))).result()
+    def loss_of(model, step):
+        for _ in range(presses * (step == at)):
+            signal.raise_signal(signal.SIGINT)
+        return toy_loss(model, step)
+    path = tmp_path / "cut.pt"
+    with pytest.raises(KeyboardInterrupt, match=["", "stopped after", "at once"][presses]):
+        train_toy(path, loss_of=loss_of)
+    assert signal.getsignal(signal.SIGINT) is before and "finishing" in capfd.readouterr().err
+    assert len(train.read_checkpoint(path)["losses"]) == saved
+    model, resumed = train_toy(path, resume=True,
+                               loss_of=lambda *at: steps.append(at[1]) or toy_loss(*at))
+    assert resumed == losses and equal(model, whole) and steps == list(range(saved, 7))
+    content, (loaded, settings) = train.read_checkpoint(path), train.load_model(path)
+    assert content["losses"].tolist() == losses and content["optimizer"] is None
+    assert torch.equal(content["gates"], torch.stack([*gates, whole.gates()])[1:])
+    assert equal(loaded, whole) and loaded.config == whole.config and not loaded.training
+    assert settings["seed"] == 0 and settings["lr"] == 0.01
+
+
+def train_until_killed(path, last, seconds):    # some time after `last` more steps
+    steps = iter(range(1, 999))
+    def loss_of(model, step):
+        if next(steps) == last:
+            threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        return toy_loss(model, step)
+    train_toy(path, 150, loss_of, resume=True)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
+def test_a_training_that_is_killed_ten_times_ends_as_one_that_is_not(tmp_path):
+    context, rng = multiprocessing.get_context("forkserver"), random.Random(0)
+    context.set_forkserver_preload(["test_train", "torch._dynamo"])    # imported only once
+    codes, done, path = [], [], tmp_path / "cut.pt"
+    for last in [*(rng.randint(4, 9) for _ in range(10)), None]:
+        process = context.Process(target=train_until_killed, args=(path, last, rng.random() / 100))
+        process.start()
+        process.join()
+        codes.append(process.exitcode)
+        done.append(len(train.read_checkpoint(path)["losses"]))
+    assert codes == [-signal.SIGKILL] * 10 + [0] and done == sorted(set(done)) and done[-1] == 150
+    gates, content = [], train.read_checkpoint(path)
+    whole, losses = train_toy(tmp_path / "whole.pt", 150, lambda *at: (
+        gates.append(at[0].gates()) or toy_loss(*at)))
+    assert content["losses"].tolist() == losses and equal(whole, train.load_model(path)[0])
+    assert torch.equal(content["gates"], torch.stack([*gates, whole.gates()])[2::2])    # of 100
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_old_checkpoint_whole(folder, tmp_path, command):
+    resource = pytest.importorskip("resource", reason="Windows has no limit for a file's size")
+    args = [train.main, *TINY, "--data", folder, "--out", tmp_path / "new" / "out"]
+    command(*args)
+    before = (args[-1] / "lm-delta-seed0.pt").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        code, _, err = command(*args)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 2 and err.splitlines()[-1].startswith("error: ") and err.count("error") == 1
+    assert [file.read_bytes() for file in args[-1].iterdir()] == [before]
+
+
+@pytest.mark.parametrize("name, other", [
+    ("seed", dict(settings=dict(seed=1))), ("gate_lr", dict(gate_lr=1)), ("steps", dict(steps=9)),
+    ("rope_base", dict(model=make(dtype=torch.float32, rope_base=20.0))),
+    ("update", dict(model=make("infini-linear", torch.float32))),
+    ("starting_weights", dict(model=make(dtype=torch.float32, seed=1)))])
+def test_a_checkpoint_of_another_training_is_not_resumed(name, other, tmp_path):
+    train_toy(tmp_path / "a.pt")
+    before = (tmp_path / "a.pt").read_bytes()
+    with pytest.raises(ValueError, match=rf"was of another training \({name} = "):
+        train_toy(tmp_path / "a.pt", resume=True, **other)
+    assert (tmp_path / "a.pt").read_bytes() == before
+
+
+def test_a_checkpoint_that_would_run_code_or_is_broken_is_one_line(folder, command, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    path, args = Path("lm-delta-seed0.pt"), [train.main, *TINY, "--data", folder, "--out", "."]
+    code, _, err = command(*args, "--resume")
+    assert code == 0 and f"{path} is not there to resume, so the training begins anew\n" in err
+    whole, content = path.read_bytes(), train.read_checkpoint(path)
+    code = type("Code", (), dict(__reduce__=lambda _: (os.mkdir, ("ran",))))()
+    changes = [dict(settings=code), dict(config=None), dict(settings=[1]), dict(config={"a": 3}),
+               dict(config=dict(content["config"], d_key=8)), dict(model={"a": torch.zeros(1)})]
+    for bad in (b"", b"text", whole[:-1], [1], {}, *({**content, **change} for change in changes),
+                *({k: v for k, v in content.items() if k != name} for name in content)):
+        torch.save(bad, path)
+        if isinstance(bad, bytes):
+            path.write_bytes(bad)
+        for words in ([train.main, "sample", "--load", path], [*args, "--resume"]):
+            if "sample" in words or not isinstance(bad, dict) or "a" not in bad.get("model", ()):
+                code, _, err = command(*words)
+                assert code == 2 and len(err.splitlines()) == 1 and str(path) in err, bad
+    assert not Path("ran").exists()
+
+
+# --- Text ----------------------------------------------------------------------------------------
+def test_the_text_is_the_standard_library_without_tests_and_each_tenth_file_is_held_out(folder):
+    training, held_out = ([bytes(d.numpy()) for d in part] for part in train.read_documents())
+    root, order = Path(sysconfig.get_paths()["stdlib"]), {}
+    for file in sorted(root.rglob("*.py")):
+        if not {"test", "tests", "site-packages", "dist-packages"} & set(file.parts):
+            order[file.read_bytes()] = len(order)
+    assert set(training) | set(held_out) < set(order)
+    assert len(held_out) == len(training + held_out) // 10 > 0.07 * len(order)
+    assert not {d for d in held_out if len(d) > 1024} & set(training)
+    places = torch.tensor([order[d] / len(order) for d in held_out])    # in the alphabet
+    assert places.histc(4, 0, 1).min() > len(places) / 10
+    assert [len(d) for d in train.read_documents()[1]] == [len(d) for d in held_out]
+    names = [[d[0].item() - 40 for d in part] for part in train.read_documents(folder)]
+    assert sorted(sum(names, [])) == list(range(20)) and len(names[1]) == 2
+    (folder / "../book").write_bytes(bytes(range(32, 132)) * 10)    # of one file, its last tenth
+    (training,), (held_out,) = train.read_documents(folder / "../book")
+    assert len(training) == 900 and bytes(held_out.numpy()) == bytes(range(32, 132))
+
+
+def test_each_place_of_a_text_is_equally_likely_and_validation_pieces_do_not_overlap():
+    documents = [torch.arange(10), torch.arange(100, 150), torch.arange(5)]
+    rows = train.draw_sequences(documents, 8000, 10, random.Random(0))
+    assert torch.equal(rows, rows[:, :1] + torch.arange(10))    # all of a single document
+    places, counts = rows[:, 0].unique(return_counts=True)
+    assert places.tolist() == [0, *range(100, 141)] and (counts * 42 / 8000 - 1).abs().max() < 0.3
+    documents = [torch.arange(i, i + 70, dtype=torch.uint8) for i in (0, 70, 140)]
+    pieces = train.validation_pieces(documents, 20)
+    assert torch.equal(pieces, pieces[:, :1] + torch.arange(20)) and pieces.dtype == torch.long
+    assert pieces[:, 0].tolist() == [0, 20, 40, 70, 90, 110, 140, 160, 180]
+    assert train.validation_pieces(documents, 20, most=5)[:, 0].tolist() == [0, 40, 90, 140, 180]
+
+
+# --- The language model --------------------------------------------------------------------------
+def test_a_loss_asks_for_the_next_bytes_and_seed_and_step_alone_decide_which():
+    model, read = make(dtype=torch.float32, vocab_size=256), []
+    model.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    for seed, step in ((0, 5), (0, 5), (0, 6), (1, 5), (5, 0)):
+        loss_of = train.lm_loss([torch.arange(250, dtype=torch.uint8)], seed, batch=3, length=40)
+        loss, n_tokens, shown = loss_of(model, step)
+        assert read[-1].shape == (3, 40) and n_tokens == 120
+        assert torch.equal(read[-1], read[0]) == ((seed, step) == (0, 5))
+        p = model(read[-1])[0].softmax(-1).gather(-1, read.pop()[..., None] + 1)    # of the next
+        assert loss.item() == pytest.approx(-p.log().mean().item(), rel=1e-5)
+        assert shown == {"bits per byte": pytest.approx(-p.log2().mean().item(), rel=1e-5)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bits_are_those_of_the_probabilities_and_forgetting_is_reading_each_segment_alone(kind):
+    model, tokens = make(kind), tokens_of(3, 4 * SMALL.segment_len + 1)
+    alone = [model(piece)[0] for piece in tokens[:, :-1].split(SMALL.segment_len, 1)]
+    for forget, logits in ((False, model(tokens[:, :-1])[0]), (True, torch.cat(alone, 1))):
+        expected = -logits.softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0].log2()
+        for at_once in (1, 2 ** 14):
+            same(train.bits(model, tokens, forget, at_once), expected, 1e-6)
+
+
+def test_the_weights_do_not_depend_on_what_was_trained_before(folder, tmp_path):
+    weights, documents = {}, train.read_documents(folder)[0]
+    options = dict(train.LM, lr=0, gate_lr=0, d_model=16)
+    for kind, seed in (("delta", 0), ("delta", 1), ("delta", 0), ("linear", 0)):
+        model, path = train.train_lm(kind, seed, documents, tmp_path, 1, **options)
+        assert equal(weights.setdefault(seed, model), model) and not model.training
+    assert not equal(weights[0], weights[1])
+    assert model.config.d_value == model.config.d_key == 32 and model.config.d_ff == 64
+    same(model.gates()[:, [0, 3]].logit(), torch.tensor([[-4.05, 1.05]] * 2), 1e-5)
+
+
+def test_the_command_trains_says_what_a_held_out_byte_costs_and_resumes(folder, tmp_path, command):
+    where = [train.main, *TINY, "--data", folder, "--out", tmp_path]
+    other, path = ["--lr", 0.1, "--gate-lr", 0.2, "--seed", 3], tmp_path / "lm-delta-seed3.pt"
+    code, out, err = command(*where, *other)
+    (model, settings), before = train.load_model(path), path.read_bytes()
+    assert code == 0 and "lm-delta-seed3: 2/2 steps  loss " in err and "bits per byte " in err
+    assert {**settings, "lr": 0.1, "gate_lr": 0.2, "seed": 3, "steps": 2} == settings
+    assert (model.config.segment_len, len(model.blocks), model.config.d_model) == (8, 1, 16)
+    pieces = torch.stack([d[i:i + 257] for d in train.read_documents(folder)[1]
+                          for i in range(0, len(d) - 256, 257)]).long()
+    costs = []
+    for n in (256, 8):    # the whole piece, or each segment alone
+        given, target = pieces[:, :-1].reshape(-1, n), pieces[:, 1:].reshape(-1, n, 1)
+        costs.append(-model(given)[0].softmax(-1).gather(-1, target).log2().mean().item())
+    lines = [f"{costs[0]:.4f} bits per byte on {len(pieces)} held-out pieces of 256 bytes",
+             f"{costs[1]:.4f} if it forgets after each segment"]
+    assert out.splitlines()[1:3] == lines and f"{model.gates()[0, 1]:.4f}" in out.splitlines()[-1]
+    assert command(*where, *other, "--resume") == (0, out, "") and path.read_bytes() == before
+    for kind in ("local", "xl", "full", "linear"):
+        code, out, _ = command(*where, "--kind", kind)
+        c = train.load_model(tmp_path / f"lm-{kind}-seed0.pt")[0].config
+        assert code == 0 and ("forgets" in out) == (kind == "linear")
+        assert kind in (c.attention, c.update) and model.config.update == "delta"
+
+
+def test_sample_continues_a_text_and_each_of_its_options_counts(tmp_path, command, monkeypatch):
+    model, _ = train_toy(tmp_path / "a.pt", 1, model=make(dtype=torch.float32, vocab_size=256))
+    def sample(*options):
+        load = ["sample", "--load", tmp_path / "a.pt", "--prompt", "(x) é ", "--bytes", 30]
+        code, out, _ = command(train.main, *load, *options)
+        assert code == 0
+        return out
+    text = list("(x) é ".encode())
+    for _ in range(30):
+        text.append(model(torch.tensor([text]))[0][0, -1].argmax().item())
+    for options in (["--temperature", 0], ["--temperature", 1e-9], ["--top-p", 1e-9]):
+        assert sample(*options) == bytes(text).decode(errors="replace") + "\n"
+    a, again, *others = (sample(*words) for words in (
+        [], ["--seed", 0], ["--seed", 1], ["--temperature", 3], ["--top-p", 0.1]))
+    assert a == again and len({a, *others}) == 4
+    monkeypatch.setattr(train, "generate", lambda *_, on_token: [
+        on_token(torch.tensor([byte])) for byte in "é€".encode()])    # of two and three bytes
+    monkeypatch.setattr(torch, "set_num_threads", (threads := []).append)
+    assert sample("--threads", 3) == "(x) é é€\n" and threads == [3]
+
+
+# --- Comforts ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("arguments", """--steps 0; --steps 1.5; --steps nan; --steps 99999999999;
+    --segment-len 0; --d-model x; --lr -1; --lr nan; --lr 1e999; --lr 0,1; --lr 2; --gate-lr 0,1; more;
+    --seed -1; --threads 0; --st 3; --kind hebb; --device meta; --device abacus; --out FILE;
+    --out FILE/deeper; --data missing; --data EMPTY; --data BINARY; --data SHORT; --load FILE;
+    --top-p 1; sample; sample --load .; sample --load no; sample --load FILE --steps 3;
+    sample --load FILE --temperature 0,8; sample --load FILE --top-p 1.1;
+    sample --load FILE --bytes 0; sample --load PASSKEY""".split(";"))
+def test_bad_arguments_are_one_line_and_exit_code_2(arguments, tmp_path, command, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "train", None)    # nothing may be trained
+    for name, text in dict(FILE=b"kept", EMPTY=b"", BINARY=b"a\0b" * 999, SHORT=b"short").items():
+        Path(name).write_bytes(text)
+    shutil.copy(Path(train.__file__).with_name("assets") / "passkey-delta.pt", "PASSKEY")
+    code, out, err = command(train.main, *arguments.split())
+    assert code == 2 and len(err.splitlines()) == 1 and err.strip() and not out
+    assert Path("FILE").read_bytes() == b"kept"
+
+
+def test_a_users_mistake_is_one_line_and_ours_a_traceback(command):
+    for error, code, line in (
+            (ValueError("\na was 1, must be 2\n3"), 2, "error: a was 1, must be 2\n"),
+            (OSError(28, "No space left"), 2, "error: [Errno 28] No space left\n"),
+            (MemoryError(), 2, "error: MemoryError\n"), (KeyboardInterrupt("why"), 130, "\nwhy\n"),
+            (RuntimeError("CUDA out of memory: 8"), 2, "error: CUDA out of memory: 8\n")):
+        assert command(Mock(side_effect=error, __module__="a")) == (code, "", line)
+    for error in (RuntimeError("CUDA error"), TypeError("a")):
+        with pytest.raises(type(error)):
+            train.run_command(Mock(side_effect=error))
+
+
+def where(i, seconds):
+    time.sleep(seconds)
+    return i, os.getpid(), torch.get_num_threads()
+
+
+def test_jobs_run_side_by_side_in_processes_of_one_thread_and_give_results_in_order(monkeypatch):
+    here, before = os.getpid(), torch.get_num_threads()
+    assert train.side_by_side(where, [(0, 0), (1, 0)]) == [(0, here, 1), (1, here, 1)]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert train.side_by_side(where, [(5, 0)]) == [(5, here, 2)]
+    results = train.side_by_side(where, [(0, 1.0), (1, 0.0), (2, 0.0)])
+    assert [(i, threads) for i, _, threads in results] == [(0, 1), (1, 1), (2, 1)] and before == 1
+    assert len({pid for _, pid, _ in results} | {here}) == 3
