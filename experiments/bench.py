@@ -32,10 +32,9 @@ from passkey import model_config
 from train import KINDS, Parser, make_optimizer, run_command, set_up, take_step, whole
 
 PAPER_LAYER = dict(d_model=1024, n_heads=8, d_key=128, d_value=128, segment_len=2048)
-SIZES = dict(
-    rows=((16, 64), (9, 112), (4, 256)),    # (batch, tokens) of three small steps, timed together
-    repeats=5, paper_tokens=16384, parallel_tokens=8192, full_tokens=2 ** 15, near=2 ** 15,
-    far=2 ** 20, early=100, late=100_000, new_tokens=320, segments=64, matrix=4096)
+SIZES = dict(rows=((16, 64), (9, 112), (4, 256)),    # (batch, tokens) of small steps, timed as one
+             paper_tokens=16384, parallel_tokens=8192, full_tokens=2 ** 15, matrix=4096, repeats=5,
+             near=2 ** 15, far=2 ** 20, early=100, late=10 ** 5, new_tokens=320, segments=64)
 
 
 # --- Time ----------------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ def main():
         print_row(name, [f"{share:.3g}" for share in shares])
         curves[name] = args.lengths, shares
     draw_lines(curves, args.out / "dilution.png", "tokens in the input, the needle first",
-               "needle's share (%)", yscale="log")
+               "needle's share (%)")
 
 
 if __name__ == "__main__":

@@ -40,11 +40,10 @@ def fast_forward(model, state, periods, write):
 
 
 def fast_forward_loss(model, rng, most=1_200_000, rows=6):
-    """Compute the loss on `rows` inputs with up to `most` tokens of hay on a side of the needle.
-    Up to 3 paragraphs more shift all against the segments. Returns what `plain_loss` returns."""
+    """Compute the loss on `rows` inputs with hay before the needle, behind it or both, a number of
+    periods log-uniform up to `most` tokens. Up to 3 paragraphs more shift all against segments."""
     tasks, device = passkey.draw_tasks(rng, rows), model.embedding.weight.device
     write = partial(passkey.draw_hay, rng)
-    # Periods of hay before the needle and behind it, log-uniform from 10. One side may have none.
     before, after = (int(10 * (most / PARAGRAPH / 4 / 10) ** rng.random()) for _ in range(2))
     before, after = rng.choice([(before, 0), (0, after), (before, after)])
     shift = [write(rng.randint(0, 3)) for _ in range(3)]
