@@ -29,37 +29,28 @@ COMMANDS = re.findall(r"^ {4}(?:pip .* && )?(python .*)$", README + RESULTS, re.
 def test_the_files_are_as_small_and_as_narrow_as_the_project_promises():
     limits = {"infini.py": 520, "train.py": 430, "passkey.py": 380, "experiments/bench.py": 180}
     n_lines = {name: len(code.splitlines()) for name, code in CODE.items()}
-    for name, n in n_lines.items():
-        tests = name.startswith("test")
-        assert n <= limits.get(name, 900 if tests else 100), name
-    assert sum(n for name, n in n_lines.items() if name.startswith("test")) <= 1800
+    tests = {name: n for name, n in n_lines.items() if name.startswith("test")}
+    assert all(n <= limits.get(name, 900 if name in tests else 100) for name, n in n_lines.items())
+    assert sum(tests.values()) <= 1800
     assert len(README.splitlines()) <= 130 and len(RESULTS.splitlines()) <= 220
     assert max(map(len, README.splitlines())) <= 110
     for name, text in {**CODE, "RESULTS.md": RESULTS}.items():
         assert max(map(len, text.splitlines())) <= 100, name
 
 
-def test_nothing_is_imported_against_the_arrows():
-    allowed = {"infini.py": set(), "train.py": {"infini"}, "passkey.py": {"infini", "train"}}
-    ours = {"infini", "train", "passkey", "experiments"}
+def test_nothing_is_imported_against_the_arrows_and_no_syntax_is_newer_than_python_3_10():
+    allowed = {"infini.py": set(), "train.py": {"infini"}, "passkey.py": {"infini", "train"},
+               "experiments": {"infini", "train", "passkey", "experiments.curves"}}
     for name, code in CODE.items():
         modules = set()
-        for node in ast.walk(ast.parse(code)):
-            if isinstance(node, ast.ImportFrom):
-                modules.add(node.module)
-            elif isinstance(node, ast.Import):
-                modules |= {alias.name for alias in node.names}
-        found = {module for module in modules if module.split(".")[0] in ours}
-        if name.startswith("experiments/"):
-            assert found <= {"infini", "train", "passkey", "experiments.curves"}, name
-        elif name in allowed:
-            assert found <= allowed[name], name
-
-
-def test_no_syntax_is_newer_than_python_3_10():
-    cells = [cell.source for cell in notebook().cells if cell.cell_type == "code"]
-    for name, source in {**CODE, "walkthrough.ipynb": "\n".join(cells)}.items():
-        ast.parse(source, name, feature_version=(3, 10))
+        for node in ast.walk(ast.parse(code, name, feature_version=(3, 10))):
+            modules |= {node.module} if isinstance(node, ast.ImportFrom) else set()
+            modules |= {a.name for a in node.names} if isinstance(node, ast.Import) else set()
+        ours = {m for m in modules if m.split(".")[0] in ("infini", "train", "passkey", "experiments")}
+        assert ours <= allowed.get(name.split("/")[0], ours), name
+    for cell in notebook().cells:
+        if cell.cell_type == "code":
+            ast.parse(cell.source, feature_version=(3, 10))
 
 
 def test_an_experiment_is_one_file_one_test_and_one_section_of_the_results():
@@ -95,25 +86,16 @@ def test_the_index_of_equations_names_the_function_that_each_stands_in():
         assert f"Eq. {number}" in home.__doc__.replace(",", " ").replace(".  ", ". "), name
 
 
-def departures(name):
-    """Find the functions, classes and modules of a file in which a Departure comment stands."""
-    lines, found = CODE[name].splitlines(), []
-    nodes = [node for node in ast.walk(ast.parse(CODE[name])) if hasattr(node, "body")
-             and isinstance(node, (ast.FunctionDef, ast.ClassDef))]
-    for i, line in enumerate(lines, 1):
-        if re.search(r"(^|\W)Departure: ", line):
-            homes = [n for n in nodes if n.lineno <= i <= n.end_lineno]
-            inner = max(homes, key=lambda n: n.lineno, default=None)
-            found.append(inner.name if inner else Path(name).name)
-    return found
-
-
 def test_every_departure_in_the_code_is_a_row_of_the_readme_and_every_row_is_in_the_code():
     table = README[README.index("| the paper | here | where |"):].split("\n\n")[0]
     rows = re.findall(r"^\| .+ \| .+ \| `([\w.]+)` \|$", table, re.MULTILINE)
-    assert len(rows) == len(table.splitlines()) - 2
-    found = [home for name in CODE if not name.startswith("test") for home in departures(name)]
-    assert sorted(found) == sorted(rows)
+    found, files = [], [name for name in CODE if not name.startswith("test")]
+    for name, (i, line) in ((n, x) for n in files for x in enumerate(CODE[n].splitlines(), 1)):
+        if re.search(r"(^|\W)Departure: ", line):
+            homes = [n for n in ast.walk(ast.parse(CODE[name])) if n.__class__.__name__.endswith("Def")
+                     and n.lineno <= i <= n.end_lineno]
+            found.append(max(homes, key=lambda n: n.lineno).name if homes else Path(name).name)
+    assert sorted(found) == sorted(rows) and len(rows) == len(table.splitlines()) - 2
 
 
 def test_the_readmes_example_runs():

@@ -206,8 +206,8 @@ def asked(monkeypatch):    # stands in for evaluate(), and keeps what it is aske
 
 
 def test_the_table_has_our_digits_the_papers_and_whole_keys(tmp_path, asked, command):
-    args = [passkey.main, "--load", save(tmp_path / "a"), "--out", tmp_path]
-    code, out, _ = command(*args, "--lengths", "2K,32K,512K,1M", "--keys", 4, "--csv", tmp_path / "b")
+    args = [passkey.main, "--load", save(tmp_path / "a"), "--out", tmp_path, "--keys", 4]
+    code, out, _ = command(*args, "--lengths", "2K,32K,512K,1M", "--csv", tmp_path / "b")
     title, header, *lines = out.splitlines()[1:]
     assert code == 0 and "4 keys (2 beyond 32K)" in title and "0%/50%/100% of the hay" in title
     rows = {"training, rule, seed": ["2K", "32K", "512K", "1M"],
