@@ -321,7 +321,7 @@ def table(paths, lengths, depths, n_keys, eval_seed, device, csv_path, needle=NE
                     file.flush()
             print_row(name, percents(found, lengths, "digits_right"))
             paper = dict(zip(PAPER_LENGTHS, PAPER.get(who[:2], "").split()))
-            same_text = (depths, needle, hay) == ([0, 0.5, 1], NEEDLE, "paper")
+            same_text = (depths, needle, hay, digits) == ([0, 0.5, 1], NEEDLE, "paper", None)
             if same_text and set(lengths) & set(paper):
                 print_row(f"    {PAPER_NAMES[who[0]]}", [paper.get(n, "") for n in lengths])
             print_row("    whole keys", percents(found, lengths, "keys_right"))
