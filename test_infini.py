@@ -1,6 +1,5 @@
 """The claims about infini.py, each tested against something that shares no code with it. The oracle
 is float64 NumPy, written from the equations as loops over single tokens, slow and plain."""
-import copy
 import io
 import math
 import random
@@ -11,31 +10,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch._subclasses import FakeTensorMode
 
 import infini
 from infini import InfiniConfig, InfiniTransformer, Memory, State, generate, inject_memory, stream
 
 torch.set_num_threads(1)    # everything here is too small to share
 RULES = ["linear", "delta"]
-HERE = [torch.accelerator.current_accelerator().type] if torch.accelerator.is_available() else []
 FORMS = ["parallel", "recurrent"]
 KINDS = ["infini-linear", "infini-delta", "local", "xl", "full"]
 SMALL = InfiniConfig(vocab_size=17, d_model=12, n_layers=2, n_heads=3, d_key=4, d_value=6, d_ff=20,
                      segment_len=5, rope_base=10.0)
 
-
-def pytest_generate_tests(metafunc):
-    """Run a test that takes a rule, a form or a kind with each of them."""
+def pytest_generate_tests(metafunc):    # run a test with each rule, form or kind that it takes
     for name, values in (("rule", RULES), ("form", FORMS), ("kind", KINDS)):
         if name in metafunc.fixturenames:
             metafunc.parametrize(name, values)
 
-
 # --- The oracle ----------------------------------------------------------------------------------
 def o_sigma(x):
     return np.array([xi + 1 if xi > 0 else math.exp(xi) for xi in x])
-
 
 def o_rotate(x, position, base):
     half = len(x) // 2                                       # a feature and its partner are one
@@ -43,19 +36,16 @@ def o_rotate(x, position, base):
     y = (x[:half] + 1j * x[half:]) * turn
     return np.concatenate([y.real, y.imag])
 
-
 def o_attend(q, k, v):
     """Eq. 6 for one token that sees all of the keys."""
     scores = np.array([sum(q[i] * kj[i] for i in range(len(q))) / math.sqrt(len(q)) for kj in k])
     weights = np.exp(scores - scores.max())
     return sum(w / weights.sum() * vj for w, vj in zip(weights, v))
 
-
 def o_read(q, M, z):
     """Eq. 7 for one token. An empty memory answers 0."""
     weight = sum(o_sigma(q)[i] * z[i] for i in range(len(z)))
     return np.zeros(M.shape[1]) if weight == 0 else o_sigma(q) @ M / weight
-
 
 def o_write(keys, values, M, z, rule):
     """Eqs. 8 and 9 for one segment, token by token. Both rules read the memory of before."""
@@ -66,7 +56,6 @@ def o_write(keys, values, M, z, rule):
             M_new[i] += o_sigma(k)[i] * binding
             z_new[i] += o_sigma(k)[i]
     return M_new, z_new
-
 
 def o_head(q, k, v, beta, c):
     """Eqs. 6-10 for one head of one document. q, k: (T, d_key), v: (T, d_value).
@@ -88,7 +77,6 @@ def o_head(q, k, v, beta, c):
         M, z = o_write(k[T - N:], v[T - N:], M, z, c.update)
     return a, M, z
 
-
 def o_layer(x, w, c):
     """Eqs. 5-11 for one document. x: (T, d_model), w: the layer's weights by name.
     Returns o: (T, d_model), [(M, z)]."""
@@ -102,10 +90,8 @@ def o_layer(x, w, c):
         memories.append((M, z))
     return np.concatenate(heads, 1) @ w["w_o.weight"].T, memories
 
-
 def o_norm(x, gain, eps):
     return x / np.sqrt((x ** 2).mean(-1, keepdims=True) + eps) * gain
-
 
 def o_model(model, tokens):
     """The whole InfiniTransformer for one document. tokens: (T,). Returns (T, vocab_size)."""
@@ -120,11 +106,9 @@ def o_model(model, tokens):
         x = x + gelu @ w[at + "down.weight"].T
     return o_norm(x, w["norm.weight"], eps) @ w["head.weight"].T
 
-
 # --- Helpers -------------------------------------------------------------------------------------
 def weights_of(module):
     return {name: p.detach().double().numpy() for name, p in module.named_parameters()}
-
 
 def make(kind="infini-delta", dtype=torch.float64, seed=0, **sizes):
     """A small model with random gates and gains, so that nothing cancels or is 1 by chance."""
@@ -138,30 +122,24 @@ def make(kind="infini-delta", dtype=torch.float64, seed=0, **sizes):
                 p.normal_() if name.endswith("beta") else p.uniform_(0.5, 1.5)
     return model
 
-
 def layer_of(kind="infini-delta", **sizes):
     return make(kind, **sizes).blocks[0].attention
-
 
 def tokens_of(B, T, seed=1):
     return torch.randint(0, SMALL.vocab_size, (B, T), generator=torch.Generator().manual_seed(seed))
 
-
 def normal(*shape, seed=2):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
 
 def same(a, b, tolerance=1e-10):
     a, b = (torch.as_tensor(t).detach() for t in (a, b))
     assert a.shape == b.shape and torch.isfinite(a).all()
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, check_dtype=False)
 
-
 def gradients(model, tokens, state=None):
     logits, _ = model(tokens, state)
     (logits * normal(*logits.shape).to(logits)).sum().backward()
     return {name: p.grad.clone() for name, p in model.named_parameters()}
-
 
 def filled(B=2, H=3, d_key=4, d_value=6, seed=3):
     """A memory that holds something."""
@@ -169,10 +147,8 @@ def filled(B=2, H=3, d_key=4, d_value=6, seed=3):
     k, v = normal(B, H, 7, d_key, seed=seed), normal(B, H, 7, d_value, seed=seed + 1)
     return infini.update_linear(memory, k, v)
 
-
 def tensors_in(state):
     return [t for s in state for t in (*(s.memory or ()), s.k, s.v)]
-
 
 def chunked(model, tokens, lengths):
     """Read the tokens in calls of these lengths. Returns all logits and the last state."""
@@ -182,14 +158,12 @@ def chunked(model, tokens, lengths):
         outputs.append(logits)
     return torch.cat(outputs, 1), state
 
-
 def heard(module):
     """A list to which each call of the module adds its length and whether it keeps a graph."""
     calls = []
     module.register_forward_pre_hook(
         lambda _, inputs: calls.append((inputs[0].shape[1], torch.is_grad_enabled())))
     return calls
-
 
 def refused(line, call, *inputs, **settings):
     """Require a refusal that begins with this line: what was wrong, and what it must be."""
@@ -198,7 +172,6 @@ def refused(line, call, *inputs, **settings):
         pytest.fail(f"not refused: {line}")
     assert re.fullmatch(f"(?=.+ was .+, must be .+){re.escape(line)}.*", str(error.value))
 
-
 # --- Eqs. 1-11 against NumPy ---------------------------------------------------------------------
 def test_each_equation_of_the_paper_has_one_home_in_the_code():
     source = Path(infini.__file__).read_text(encoding="utf-8")
@@ -206,11 +179,9 @@ def test_each_equation_of_the_paper_has_one_home_in_the_code():
     index = re.findall(r"\b(\d+) \((-|\d+)\) \w+", infini.__doc__)    # numbers of both versions
     assert index == [(str(n), str(n - 4) if n > 4 else "-") for n in range(1, 12)]
 
-
 def test_eq1_rnn_carries_the_past_in_one_vector():
     x, h, w_x, w_h = normal(2, 3), normal(2, 4, seed=3), normal(3, 4), normal(4, 4)
     same(infini.rnn(x, h, w_x, w_h), np.tanh(x.numpy() @ w_x.numpy() + h.numpy() @ w_h.numpy()))
-
 
 def test_eq2_mnm_reads_the_past_by_a_forward_pass_and_then_writes_by_a_gradient_step():
     x, h, w1, w2 = normal(2, 3), normal(2, 4, seed=3), 0.3 * normal(5, 16), 0.3 * normal(16, 4)
@@ -229,7 +200,6 @@ def test_eq2_mnm_reads_the_past_by_a_forward_pass_and_then_writes_by_a_gradient_
     k, v, M = torch.tensor(k), torch.tensor(v), normal(5, 4)     # one matrix: the delta rule
     same(infini.mnm_write([M], k, v)[0], M + k.T @ (v - k @ M))
 
-
 @pytest.mark.parametrize("L", [5, 8])
 def test_eqs3_and_6_attention_is_causal_by_default_and_divides_by_the_root_of_d_key(L):
     x, w_q, w_k, w_v = normal(2, L, 12), normal(12, 4), normal(12, 4, seed=3), normal(12, 6, seed=4)
@@ -242,7 +212,6 @@ def test_eqs3_and_6_attention_is_causal_by_default_and_divides_by_the_root_of_d_
         same(plain[b, t], causal[b, t])
         same(both_ways[b, t], o_attend(q[b, t], k[b], v[b]))
 
-
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.bfloat16, 0.03),
                                               (torch.float16, 0.004)])
 def test_rope_turns_pairs_by_angles_that_are_exact_in_half_precision_too(dtype, tolerance):
@@ -252,14 +221,12 @@ def test_rope_turns_pairs_by_angles_that_are_exact_in_half_precision_too(dtype, 
     for y, row, position in zip(turned, x.double().numpy(), positions.tolist()):
         same(y.double(), o_rotate(row, position, 10_000.0), tolerance)
 
-
 def test_sigma_is_elu_plus_one_and_keeps_small_weights_that_float32_elu_plus_one_loses():
     x = torch.linspace(-60, 30, 91, requires_grad=True)
     same(infini.sigma(x).detach().double().numpy() / o_sigma(x.tolist()), np.ones(91), 1e-5)
-    assert (torch.nn.functional.elu(x) == -1).any() and infini.sigma(x.bfloat16()).dtype == torch.float32
+    assert torch.nn.functional.elu(x).min() == -1 and infini.sigma(x.half()).dtype == torch.float32
     infini.sigma(x).sum().backward()
     same(x.grad, np.minimum(1, np.exp(x.detach().double().numpy())), 1e-5)
-
 
 @pytest.mark.parametrize("dtype, autocast", [(torch.float64, False), (torch.float32, True),
                                              (torch.bfloat16, False), (torch.float16, False)])
@@ -285,7 +252,6 @@ def test_eqs7_to_9_one_by_one_or_at_once_are_computed_in_float32_or_wider(rule, 
                 same(one[b, h], expected, tolerance)
                 same(every[b, s + 1, h], expected, tolerance)
 
-
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("T", [3, 5, 20, 23])
 def test_eqs4_5_10_and_11_a_layer_reads_many_segments_as_the_oracle_does(kind, form, T, causal):
@@ -299,7 +265,6 @@ def test_eqs4_5_10_and_11_a_layer_reads_many_segments_as_the_oracle_does(kind, f
                 same(state.memory.M[b, h], M)
                 same(state.memory.z[b, h], z)
 
-
 # --- Contract 1 and 2: state is a value of fixed size, and calls may end anywhere ----------------
 def test_a_call_leaves_no_trace(kind):
     model, tokens = make(kind), tokens_of(2, 18)
@@ -312,7 +277,6 @@ def test_a_call_leaves_no_trace(kind):
     for _ in range(2):                                       # a second backward works, too
         model(tokens)[0].sum().backward()
 
-
 @pytest.mark.parametrize("T, chunk_len", [(4, 4), (5, 5), (53, 53), (53, 10), (60, 20), (53, 7),
                                           (60, 13), (53, 1), (5000, 1000), (5004, 333)])
 def test_a_state_has_the_size_of_table_1_and_is_no_view_of_something_larger(kind, T, chunk_len):
@@ -322,7 +286,6 @@ def test_a_state_has_the_size_of_table_1_and_is_no_view_of_something_larger(kind
     still_open = token * (T if kind == "full" else T % 5)    # at most N - 1 = 4 tokens
     assert sum(t.numel() for t in tensors_in(state)) == remembered + still_open
     assert all(t.untyped_storage().nbytes() == 4 * t.numel() for t in tensors_in(state))
-
 
 @pytest.mark.parametrize("attention, numbers", [("infini", 128 * (128 + 1) * 8 * 12),    # 1.6M
                                                 ("xl", (128 + 128) * 8 * 2048 * 12)])    # 50M
@@ -335,7 +298,6 @@ def test_table_2_the_papers_own_sizes_fit_together_and_need_the_papers_memory(at
         logits.sum().backward()
     assert logits.shape == (2, 32_768, 256)
     assert sum(t.numel() for t in tensors_in(state)) == 2 * numbers
-
 
 def test_any_cutting_into_calls_gives_the_logits_of_one_call_and_its_gradients(kind, form):
     model, tokens = make(kind, form=form), tokens_of(2, 33)
@@ -354,7 +316,6 @@ def test_any_cutting_into_calls_gives_the_logits_of_one_call_and_its_gradients(k
     for name, p in model.named_parameters():
         same(p.grad, expected[name])
 
-
 # --- Contract 3 to 5: two forms of one function, no future, gradients through the memory ----------
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 def test_parallel_equals_recurrent_gradients_too(kind, dtype, tolerance):
@@ -368,7 +329,6 @@ def test_parallel_equals_recurrent_gradients_too(kind, dtype, tolerance):
         scale = max(1.0, b.abs().max().item())
         same(a / scale, b / scale, tolerance)
 
-
 def test_each_form_runs_its_own_code(kind, form, monkeypatch):
     calls, run = [], infini.segments_at_once
     monkeypatch.setattr(infini, "segments_at_once", lambda layer, q, *rest: (
@@ -376,7 +336,6 @@ def test_each_form_runs_its_own_code(kind, form, monkeypatch):
     layer_of(kind, form=form)(normal(1, 52, 12))             # 10 segments and 2 tokens
     at_once = form == "parallel" and kind not in ("xl", "full")
     assert calls == ([50] if at_once else [])                # "full" has a single segment
-
 
 def test_no_logit_depends_on_a_later_token_or_on_another_document(kind, form):
     model, tokens = make(kind, form=form), tokens_of(1, 18).repeat(19, 1)
@@ -387,13 +346,11 @@ def test_no_logit_depends_on_a_later_token_or_on_another_document(kind, form):
         same(changed[t][:t], logits[:t])
         assert (changed[t][t] - logits[t]).abs().max() > 1e-3
 
-
 def test_gradients_flow_through_the_memory_of_three_segments(rule, form):
     layer = layer_of("infini-" + rule, form=form, segment_len=3, d_model=4, n_heads=2, d_key=2,
                      d_value=3)
     x = normal(1, 10, 4).requires_grad_()
     assert torch.autograd.gradcheck(lambda x, *p: layer(x)[0], (x, *layer.parameters()), atol=1e-6)
-
 
 def test_checkpointing_recomputes_segment_by_segment_stores_less_and_changes_no_gradient(kind):
     tokens, found, stored = tokens_of(2, 103), [], []
@@ -415,28 +372,7 @@ def test_checkpointing_recomputes_segment_by_segment_stores_less_and_changes_no_
     same(model.eval()(tokens[:, 3:], state)[0], logits)
     assert calls[2 * len(forward):] == [(100, True)]         # nothing to recompute: all at once
 
-
-# --- Contract 6 and 7: finite numbers, an empty memory -------------------------------------------
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_half_precision_leaves_the_memory_in_float32_and_finite(rule, form, dtype):
-    model, tokens = make("infini-" + rule, dtype, form=form), tokens_of(2, 203)
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
-        logits, state = model(tokens)
-    logits.float().sum().backward()
-    assert all(t.dtype == torch.float32 for s in state for t in s.memory)
-    assert all(torch.isfinite(t).all() for t in (logits, *(p.grad for p in model.parameters())))
-
-
-@pytest.mark.parametrize("autocast", [False, True])
-def test_a_state_from_another_precision_is_read_as_the_models_own(kind, autocast):
-    model, tokens = make(kind, torch.float32), tokens_of(2, 18)
-    half = model if autocast else copy.deepcopy(model).bfloat16()
-    _, state = model(tokens)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        logits, after = half(tokens, state)
-        assert half(tokens, after)[0].dtype == logits.dtype == torch.bfloat16
-    same(logits.float().softmax(-1), model(tokens, state)[0].softmax(-1), 0.15)
-
+# --- Contract 6 to 9: finite numbers, an empty memory, positions, baselines -----------------------
 
 def test_reading_an_empty_memory_gives_exactly_zero_with_finite_gradients():
     for scale in (1, 1e3):                                   # e^-1000 is 0 in any precision
@@ -449,8 +385,6 @@ def test_reading_an_empty_memory_gives_exactly_zero_with_finite_gradients():
     infini.retrieve(q, Memory(torch.ones(1, 1, 4, 6), torch.ones(1, 1, 4))).sum().backward()
     assert torch.isfinite(q.grad).all()
 
-
-# --- Contract 8 and 9: positions, baselines ------------------------------------------------------
 def test_rope_changes_the_local_attention_and_not_the_memory(rule, form):
     x, layers = normal(2, 23, 12), [layer_of("infini-" + rule, rope_base=base, form=form)
                                     for base in (10.0, 1000.0)]
@@ -461,12 +395,10 @@ def test_rope_changes_the_local_attention_and_not_the_memory(rule, form):
         layer.beta.data.fill_(1e4)                           # queries have no positions either
     assert torch.equal(layers[0](x)[0], layers[1](x)[0])
 
-
 def test_only_the_betas_are_missing_in_a_model_without_memory():
     shapes = [{n: p.shape for n, p in make(kind).named_parameters()} for kind in KINDS]
     betas = {f"blocks.{i}.attention.beta": (3,) for i in range(2)}
     assert shapes[0] == shapes[1] == {**shapes[2], **betas} and shapes[2] == shapes[3] == shapes[4]
-
 
 def test_a_gate_of_zero_is_the_local_model_and_a_gate_of_one_reads_the_memory_only(form):
     x, layer, local = normal(2, 23, 12), *(layer_of(k, form=form) for k in ("infini", "local"))
@@ -480,19 +412,16 @@ def test_a_gate_of_zero_is_the_local_model_and_a_gate_of_one_reads_the_memory_on
     layer.attend = lambda q, k, v: torch.full((*q.shape[:-1], 6), 7.0, dtype=q.dtype)
     assert torch.equal(layer(x)[0], o)
 
-
 def test_full_attention_stores_no_score_for_each_pair_of_tokens():
     layer, saved = layer_of("full", d_value=4), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()), lambda t: t):
         layer(normal(1, 200, 12))
     assert 200 * 12 <= max(saved) < 200 * 200
 
-
 def test_xl_sends_no_gradient_to_the_segment_before():
     layer, x = layer_of("xl"), normal(1, 15, 12).requires_grad_()
     layer(x)[0][:, 10:].sum().backward()
     assert (x.grad[0, :10] == 0).all() and (x.grad[0, 10:] != 0).all()
-
 
 # --- What the memory can and can't hold ----------------------------------------------------------
 def orthogonal_keys(n, sharp=800.0):
@@ -501,32 +430,12 @@ def orthogonal_keys(n, sharp=800.0):
     k = torch.where(torch.eye(n, dtype=torch.bool), sharp, -sharp).double()[None, None]
     return k, Memory.empty(1, 1, n, 6, dtype=torch.float64)
 
-
-def test_orthogonal_keys_are_recalled_exactly(rule):
-    (k, memory), v = orthogonal_keys(8), normal(1, 1, 8, 6)
-    for s in range(0, 8, 2):                                 # two bindings per segment
-        memory = infini.UPDATE[rule](memory, k[:, :, s:s + 2], v[:, :, s:s + 2])
-    same(infini.retrieve(k, memory), v)
-
-
-def test_a_key_that_all_but_misses_the_memory_reads_a_mean_of_it_and_delta_subtracts_that():
-    """The quotient of Eq. 7 tells what the past says, but not how little it agrees with a key."""
-    (k, memory), v = orthogonal_keys(8, sharp=60.0), normal(1, 1, 8, 6)    # sigma is e^-60, not 0
-    first = infini.update_delta(memory, k[:, :, :2], v[:, :, :2])
-    third, value = k[:, :, 2:3], v[:, :, 2:3]
-    leak = infini.retrieve(third, first)
-    same(leak, v[:, :, :2].mean(2, keepdim=True))
-    same(infini.retrieve(third, infini.update_delta(first, third, value)), value - leak)
-    same(infini.retrieve(third, infini.update_linear(first, third, value)), value)
-
-
 def test_delta_leaves_m_unmodified_if_the_memory_already_answers_and_linear_does_not():
     memory, k = filled(), normal(2, 3, 5, 4)
     v = infini.retrieve(k, memory)
     linear, delta = infini.update_linear(memory, k, v), infini.update_delta(memory, k, v)
     same(delta.M, memory.M)
     assert (linear.M - memory.M).abs().max() > 0.1
-
 
 def test_a_binding_written_again_is_kept_by_linear_but_fades_under_delta():
     """z grows with every writing and M does not, so the paper's claim fails at the third."""
@@ -537,24 +446,15 @@ def test_a_binding_written_again_is_kept_by_linear_but_fades_under_delta():
         same(infini.retrieve(k, linear), v)
         same(infini.retrieve(k, delta), share * v)
 
-
 # --- The start, plug and play --------------------------------------------------------------------
-def test_the_defaults_are_a_causal_infini_transformer_with_linear_and_delta():
-    expected = dict(vocab_size=256, update="delta", attention="infini", causal=True, gate_init=0.0,
-                    gate_spread=0.0, form="parallel", checkpoint=False)
-    assert expected.items() <= asdict(InfiniConfig()).items()
-    plugged = inject_memory(InfiniTransformer(replace(SMALL, attention="local", gate_spread=1.0)))
-    assert plugged.config.update == "delta" and plugged.gates().unique().tolist() == [0.5]
-
 
 def test_initial_weights_keep_the_variance_of_what_passes_through():
     torch.manual_seed(0)
-    model = InfiniTransformer(InfiniConfig(vocab_size=384, d_model=128, n_layers=1, n_heads=3,
-                                           d_key=96, d_value=16, d_ff=512))
+    sizes = dict(d_model=128, n_layers=1, n_heads=3, d_key=96, d_value=16, d_ff=512)
+    model = InfiniTransformer(InfiniConfig(vocab_size=384, **sizes))
     linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
     found = [m(normal(2000, m.in_features).float()) for m in linear] + [model.embedding.weight]
     assert [y.var().item() for y in found] == pytest.approx([1] * 8, abs=0.05)
-
 
 def test_betas_start_at_gate_init_or_evenly_spaced_around_it():
     for n_heads, gate_init, spread, expected in ((4, -1.5, 6.0, [-4.5, -2.5, -0.5, 1.5]),
@@ -564,7 +464,6 @@ def test_betas_start_at_gate_init_or_evenly_spaced_around_it():
         for block in InfiniTransformer(config).blocks:
             assert block.attention.beta.tolist() == pytest.approx(expected, abs=1e-6)
 
-
 def test_gates_are_one_parameter_per_head_that_is_saved_and_trained():
     model = make("infini-delta")
     betas = [model.state_dict()[f"blocks.{i}.attention.beta"] for i in range(2)]
@@ -572,7 +471,6 @@ def test_gates_are_one_parameter_per_head_that_is_saved_and_trained():
     assert model.gates().shape == (2, 3) and not model.gates().requires_grad
     found = gradients(model, tokens_of(2, 23))
     assert all((found[f"blocks.{i}.attention.beta"] != 0).all() for i in range(2))
-
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.float64, 1e-6)])
 def test_an_injected_memory_behind_closed_gates_changes_nothing(rule, dtype, tolerance):
@@ -590,7 +488,6 @@ def test_an_injected_memory_behind_closed_gates_changes_nothing(rule, dtype, tol
     opened.embedding.weight.data.zero_()                     # the old model keeps its own weights
     assert torch.equal(local(tokens)[0], before)
 
-
 def test_a_memory_is_injected_only_if_every_weight_finds_its_place():
     normed, shorter, longer, extended = (make("local") for _ in range(4))
     torch.nn.utils.parametrizations.weight_norm(normed.blocks[1].attention.w_q)
@@ -602,7 +499,6 @@ def test_a_memory_is_injected_only_if_every_weight_finds_its_place():
                         (longer, "blocks.2.norm1.weight"), (extended, "blocks.0.attention.w_q.b")):
         refused(f"weights of the model was other in ['{name}", inject_memory, model)
 
-
 # --- Streaming and generation --------------------------------------------------------------------
 def test_greedy_generation_equals_rerunning_the_whole_prefix(kind):
     model, text = make(kind), tokens_of(3, 13)
@@ -612,26 +508,14 @@ def test_greedy_generation_equals_rerunning_the_whole_prefix(kind):
         text = torch.cat([text, model(text)[0][:, -1].argmax(-1, keepdim=True)], 1)
     assert torch.equal(out, text)
 
-
-def test_a_text_goes_on_from_the_state_of_the_text_before():
-    model, text, seen = make(), tokens_of(2, 123), []
-    _, state = stream(model, text[:, :100], chunk_len=11)
-    same(stream(model, text[:, 100:], state)[0], model(text)[0][:, -1])
-    out = generate(model, text[:, 100:], 5, temperature=0, state=state, on_token=seen.append)
-    assert torch.equal(out[:, 23:], generate(model, text, 5, temperature=0)[:, 123:])
-    assert torch.equal(torch.stack(seen, 1), out[:, 23:])
-
-
 def test_streaming_and_generation_read_in_chunks_and_keep_no_graph():
     model, text = make(), tokens_of(1, 5000)
     calls = heard(model)
-    logits, state = stream(model, text[:, :123], chunk_len=50)
-    assert calls == [(50, False), (50, False), (23, False)]
-    assert not any(t.requires_grad for t in (logits, *tensors_in(state)))
+    logits, _ = stream(model, text[:, :123], chunk_len=50)
+    assert calls == [(50, False), (50, False), (23, False)] and not logits.requires_grad
     calls.clear()
     generate(model, text, 4)                                 # a new token costs a call of length 1
     assert calls == [(length, False) for length in (2048, 2048, 904, 1, 1, 1)]
-
 
 def test_samples_follow_temperature_and_top_p_and_repeat_with_the_generators_seed():
     model, prompt = make(), tokens_of(1, 8).expand(4000, 8)
@@ -651,36 +535,7 @@ def test_samples_follow_temperature_and_top_p_and_repeat_with_the_generators_see
         assert set(np.flatnonzero(frequency)) <= set(nucleus.tolist())
         assert np.abs(frequency - expected).max() < 0.04     # five standard deviations
 
-
-def test_top_p_takes_no_token_more_than_needed_and_a_tiny_temperature_the_likeliest():
-    model, prompt = make(vocab_size=4), torch.zeros(500, 3, dtype=torch.long)
-    model.head.weight.data *= 1e10                           # logits / 1e-300 would overflow
-    greedy = generate(model, prompt, 1, temperature=0)
-    for tiny in (dict(temperature=1e-300), dict(temperature=5e-324), dict(top_p=1e-300)):
-        assert torch.equal(generate(model, prompt, 1, **tiny), greedy)
-    torch.nn.init.zeros_(model.head.weight)                  # four tokens of probability 1/4
-    torch.manual_seed(0)
-    for top_p, many in ((0.2, 1), (0.25, 1), (0.5, 2), (0.51, 3), (1.0, 4)):
-        assert len(generate(model, prompt, 1, top_p=top_p)[:, -1].unique()) == many
-
-
 # --- Contract 10: devices, files, compile, transforms --------------------------------------------
-@pytest.mark.parametrize("device", ["meta", *HERE])
-def test_a_model_computes_where_to_has_put_it(kind, device):
-    """The meta device has no numbers, but refuses to mix with another device."""
-    model, tokens = make(kind, torch.float32), tokens_of(2, 23)
-    there = copy.deepcopy(model).to(device)
-    logits, state = chunked(there, tokens.to(device), [13, 7, 3])
-    logits.sum().backward()
-    text = generate(there, tokens.to(device), 3, temperature=0)
-    assert text.shape == (2, 26) and logits.shape == (2, 23, 17)
-    found = (logits, text, *tensors_in(state), *(p.grad for p in there.parameters()))
-    assert {t.device.type for t in found} == {device}
-    if kind == "local":
-        assert inject_memory(there)(tokens.to(device))[0].device.type == device
-    if device != "meta":
-        same(logits.cpu(), model(tokens)[0], 1e-4)
-
 
 def test_weights_config_and_state_load_with_weights_only(kind):
     model, file, tokens = make(kind, segment_len=np.int64(5)), io.BytesIO(), tokens_of(1, 13)
@@ -694,7 +549,6 @@ def test_weights_config_and_state_load_with_weights_only(kind):
     assert torch.equal(other(tokens)[0], logits)
     assert torch.equal(other(tokens, loaded)[0], model(tokens, state)[0])
 
-
 @pytest.mark.filterwarnings("ignore:The .grad attribute")    # torch.compile looks at it, we don't
 def test_a_compiled_model_gives_the_same_logits():
     model, tokens = make(n_layers=1), tokens_of(2, 13)
@@ -702,7 +556,6 @@ def test_a_compiled_model_gives_the_same_logits():
     logits, state = compiled(tokens)                         # this backend needs no C++ compiler
     same(logits, model(tokens)[0])
     same(compiled(tokens, state)[0], model(tokens, state)[0])
-
 
 def test_gradients_per_document_by_vmap_are_those_of_one_document_at_a_time(kind):
     model, tokens = make(kind), tokens_of(3, 13)
@@ -715,13 +568,6 @@ def test_gradients_per_document_by_vmap_are_those_of_one_document_at_a_time(kind
         expected = torch.autograd.grad(cost(weights, tokens[b]), list(weights.values()))
         for name, gradient in zip(weights, expected):
             same(found[name][b], gradient)
-
-
-def test_fake_tensors_find_the_shapes_of_a_model(kind):
-    with FakeTensorMode():
-        model = InfiniTransformer(replace(SMALL, attention=kind.split("-")[0]))
-        assert model(torch.zeros(2, 13, dtype=torch.long))[0].shape == (2, 13, 17)
-
 
 # --- Contract 11: bad input is refused in one line -----------------------------------------------
 def test_a_config_that_makes_no_sense_is_refused_by_the_name_of_its_field():
@@ -738,8 +584,7 @@ def test_a_config_that_makes_no_sense_is_refused_by_the_name_of_its_field():
             line = f"{field} was {value!r}, must be {must}"
             refused(line, lambda: replace(SMALL, **{field: value}))
 
-
-def test_numpys_numbers_are_numbers_and_become_pythons():
+def test_numpys_numbers_are_numbers_and_become_pythons_and_no_field_can_be_changed():
     config = replace(SMALL, d_model=np.int64(16), n_layers=np.uint8(1), rope_base=np.float32(50),
                      gate_init=np.int32(-1), gate_spread=2)
     expected = dict(d_model=16, n_layers=1, rope_base=50.0, gate_init=-1.0, gate_spread=2.0)
@@ -747,7 +592,8 @@ def test_numpys_numbers_are_numbers_and_become_pythons():
         assert getattr(config, name) == value and type(getattr(config, name)) is type(value)
     text = generate(InfiniTransformer(config), tokens_of(1, 3), np.int64(2), np.float32(0.5))
     assert text.shape == (1, 5)
-
+    with pytest.raises(AttributeError):                      # and stay as they were checked
+        config.d_model = 3
 
 def test_bad_tokens_are_refused_by_the_model_by_stream_and_by_generate():
     model, tokens = make(), torch.arange(17)[None]
@@ -762,7 +608,6 @@ def test_bad_tokens_are_refused_by_the_model_by_stream_and_by_generate():
         for call in (model, lambda bad: stream(model, bad), lambda bad: generate(model, bad, 1)):
             refused(line, call, bad)
     assert torch.equal(model(tokens.int())[0], model(tokens)[0])
-
 
 def test_inputs_of_a_layer_and_states_that_do_not_fit_are_refused():
     model, local, xl, layer = make(), make("local"), make("xl"), layer_of()
@@ -794,7 +639,6 @@ def test_inputs_of_a_layer_and_states_that_do_not_fit_are_refused():
             ("state with open tokens was 3, must be 0 at", make(causal=False), tokens, state)):
         refused(line, call, *inputs)
 
-
 def test_settings_that_make_no_sense_are_refused():
     model, local, tokens = make(), make("local"), tokens_of(2, 13)
     refused("attention was local, must be infini", local.gates)
@@ -810,7 +654,6 @@ def test_settings_that_make_no_sense_are_refused():
         for value in bad:
             settings = {**({} if function is stream else {"max_new_tokens": 3}), name: value}
             refused(f"{name} was {value!r}, must be {must}", function, model, tokens, **settings)
-
 
 @pytest.mark.parametrize("seed", range(200))
 def test_200_random_models_texts_and_cuts_agree_with_the_oracle(seed):
@@ -830,7 +673,6 @@ def test_200_random_models_texts_and_cuts_agree_with_the_oracle(seed):
     expected = np.stack([o_model(model, row) for row in tokens])
     scale = max(1.0, np.abs(expected).max())
     same(logits / scale, expected / scale, 1e-9 if dtype == torch.float64 else 1e-3)
-
 
 @pytest.mark.parametrize("update, dtype, repeated", [
     ("linear", torch.float32, True), ("linear", torch.bfloat16, False),

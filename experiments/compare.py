@@ -77,7 +77,7 @@ def main():
                                       for kind in KINDS for seed in range(n)])
     print(f"\n{len(tokens)} held-out pieces of {length:,} bytes, {n} seeds, mean +- standard "
           f"deviation\n{'kind':8}{'bits per byte':>18}{'less than local':>18}{'perplexity':>12}"
-          f"{'forgetful':>18}{'memory: counted':>18}{'Table 1':>12}", flush=True)
+          f"{'forgetful':>18}{'numbers kept':>14}{'Table 1':>10}", flush=True)
     tables, curves = {}, {}
     with open(args.out / "compare.csv", "w", encoding="utf-8") as file:
         print("kind,seed,segment,bits_per_byte", file=file)
@@ -91,7 +91,7 @@ def main():
             gain = mean_and_deviation(tables["local"] - cost)
             without = mean_and_deviation(torch.stack(forgot)) if kind in ("linear", "delta") else ""
             print(f"{kind:8}{mean_and_deviation(cost):>18}{gain:>18}{2 ** cost.mean():12.3f}"
-                  f"{without:>18}{counted:18,}{formula:12,}", flush=True)
+                  f"{without:>18}{counted:14,}{formula:10,}", flush=True)
             curves[kind] = by_position(torch.stack(costs).mean(0))
     draw_lines(curves, args.out / "context.png", f"segment of {N} bytes", "bits per byte")
 

@@ -15,10 +15,8 @@ matplotlib.use("Agg")
 torch.set_num_threads(1)    # everything here is too small to share
 RUN = pytest.StashKey()     # the walkthrough, which runs beside all other tests
 
-
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: "walkthrough_run" in getattr(item, "fixturenames", ()))
-
 
 def pytest_collection_finish(session):
     wanted = any("walkthrough_run" in getattr(item, "fixturenames", ()) for item in session.items)
@@ -28,11 +26,9 @@ def pytest_collection_finish(session):
                                 resources={"metadata": {"path": path.parent}})
         session.config.stash[RUN] = ThreadPoolExecutor(1).submit(client.execute)
 
-
 @pytest.fixture
 def walkthrough_run(request):    # waits for the walkthrough; raises if a cell fails
     return request.config.stash[RUN].result()
-
 
 @pytest.fixture
 def folder(tmp_path):    # 20 documents of 100 to 3,900 bytes, no two of which share a byte
@@ -40,7 +36,6 @@ def folder(tmp_path):    # 20 documents of 100 to 3,900 bytes, no two of which s
     for i, where in enumerate(["text", "text/deep"] * 10):
         (tmp_path / where / f"{i:02}.txt").write_bytes(bytes([i + 40]) * (100 + 200 * i))
     return tmp_path / "text"
-
 
 @pytest.fixture
 def command(monkeypatch, capsys):    # (main, *arguments) -> exit code, standard output, error

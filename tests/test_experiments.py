@@ -23,12 +23,10 @@ from test_infini import KINDS, RULES, SMALL, make, o_sigma, same
 LM = dict(batch=2, segments=4, lr=4e-3, gate_lr=3e-2, n_layers=2, d_model=16, n_heads=2, d_key=4,
           segment_len=8, rope_base=10.0, gate_init=-1.5, gate_spread=5.1)
 
-
 @pytest.fixture
 def small(monkeypatch, folder, tmp_path):    # arguments for text, files and threads
     monkeypatch.setattr(train, "LM", LM)
     return ["--data", folder, "--out", tmp_path, "--threads", 1]
-
 
 @pytest.fixture
 def figures(monkeypatch):    # all that would have been closed
@@ -36,21 +34,17 @@ def figures(monkeypatch):    # all that would have been closed
     monkeypatch.setattr(plt, "close", found.append)
     return found
 
-
 def rows_of(path):
     with open(path, newline="", encoding="utf-8") as file:
         return list(csv.reader(file))
 
-
 def pieces(folder, length):
     return train.validation_pieces(train.read_documents(folder)[1], length)
-
 
 @torch.no_grad()
 def bits_of(model, tokens):    # of every byte but the first, (n, T), from the probabilities
     p = model(tokens[:, :-1])[0].double().softmax(-1).gather(-1, tokens[:, 1:, None])
     return -p[..., 0].log2()
-
 
 def trained(path, folder, **told):    # the model in a checkpoint whose training was told this
     model, settings = train.load_model(path)
@@ -58,16 +52,13 @@ def trained(path, folder, **told):    # the model in a checkpoint whose training
     assert told.items() <= settings.items()
     return model
 
-
 def cells(line):    # the name and the cells of a table's row, each a list of numbers
     name, rest = line.replace(",", "").split(maxsplit=1)
     numbers = re.findall(r"-?[\d.]+(?: \+- [\d.]+)?", rest)
     return [name, *([float(x) for x in cell.split(" +- ")] for cell in numbers)]
 
-
 def near(cell, values):    # does it hold their mean and standard deviation?
     return cell == pytest.approx([np.mean(values), np.std(values, ddof=1)], abs=1.1e-4)
-
 
 def save_model(path, training="short", seed=0, **config):
     torch.manual_seed(seed)
@@ -77,7 +68,6 @@ def save_model(path, training="short", seed=0, **config):
                                       settings=settings, losses=0, gates=0, optimizer=None))
     return path
 
-
 # --- curves and compare --------------------------------------------------------------------------
 def test_curves_show_each_point_with_plain_ticks_and_can_be_told_apart(figures, tmp_path):
     lines = {"a": ([1, 4.5, 2 ** 20], [0.5, 20.0, 1000.0]), "b": (torch.tensor([2]), torch.ones(1))}
@@ -85,18 +75,15 @@ def test_curves_show_each_point_with_plain_ticks_and_can_be_told_apart(figures, 
         curves.draw_lines(lines, tmp_path / "x.png", "tokens", "share", scale)
         axis, = figures[-1].axes
         assert (axis.get_xscale(), axis.get_yscale()) == (scale, "linear")
-    assert (axis.get_xlabel(), axis.get_ylabel()) == ("tokens", "share")
-    assert axis.get_legend_handles_labels()[1] == ["a", "b"] and axis.get_legend()
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("tokens", "share") and axis.get_legend()
     assert len({line.get_marker() for line in axis.lines} - {"None"}) == 2
     same(np.array(axis.lines[0].get_data()), np.array(lines["a"]))
     assert [text.get_text() for text in axis.get_xticklabels()] == ["1", "2", "4.5", "1M"]
-    assert all(text.get_fontsize() >= 7 for text in figures[-1].findobj(plt.Text))
     assert rows_of(tmp_path / "x.csv") == [
         ["curve", "tokens", "share"], ["a", "1.0", "0.5"], ["a", "4.5", "20.0"],
         ["a", "1048576.0", "1000.0"], ["b", "2.0", "1.0"]]
     assert curves.mean_and_deviation(torch.tensor([1.0, 2.0, 6.0])) == "3.0000 +- 2.6458"
     assert curves.mean_and_deviation(torch.tensor([1.5])) == "1.5000"
-
 
 def test_compare_prints_what_can_be_computed_by_hand(
         small, folder, tmp_path, monkeypatch, command):
@@ -121,7 +108,7 @@ def test_compare_prints_what_can_be_computed_by_hand(
     assert f"\n{len(tokens)} held-out pieces of 32 bytes, 2 seeds" in out
     header, *lines = out.splitlines()[-6:]
     assert re.sub("  +", "|", header) == (
-        "kind|bits per byte|less than local|perplexity|forgetful|memory: counted|Table 1")
+        "kind|bits per byte|less than local|perplexity|forgetful|numbers kept|Table 1")
     memory = dict(local=0, xl=256, linear=80, delta=80, full=1024)
     for kind, line in zip(train.KINDS, lines, strict=True):
         name, value, gain, perplexity, *without, counted, formula = cells(line)
@@ -140,7 +127,6 @@ def test_compare_prints_what_can_be_computed_by_hand(
     assert code == 0 and again == out and "3/3 steps" not in err
     assert compare.by_position(torch.arange(9.0)) == ([1, 2, 4, 8, 9], [0, 1, 2.5, 5.5, 8])
 
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_compare_knows_by_table_1_what_a_state_holds(kind):
     model = make(kind)
@@ -150,7 +136,6 @@ def test_compare_knows_by_table_1_what_a_state_holds(kind):
     paper = replace(model.config, n_layers=12, n_heads=8, d_key=128, d_value=128, segment_len=2048)
     numbers = dict(infini=1_585_152, xl=50_331_648, full=16 * 50_331_648, local=0)
     assert compare.context_memory(paper, 2 ** 15) == numbers[paper.attention]
-
 
 # --- gates and plug ------------------------------------------------------------------------------
 def test_gates_are_shown_as_training_noted_them(small, figures, folder, tmp_path, command):
@@ -176,9 +161,6 @@ def test_gates_are_shown_as_training_noted_them(small, figures, folder, tmp_path
             assert to_rgba(line.get_color()) == to_rgba(style[:2])
             assert line.get_linestyle() == style[2:] and [*line.get_xdata()] == steps
             same(line.get_ydata(), values, 1e-6)
-        assert [text.get_text() for text in below.texts] == [" 1", " 2"] * 2
-        assert below.get_legend_handles_labels()[1] == ["layer 1", "layer 2"]
-
 
 @pytest.mark.parametrize("gate", [-30, 2])
 def test_plug_starts_where_local_ended_if_gates_are_closed(gate, small, folder, tmp_path, command):
@@ -208,7 +190,6 @@ def test_plug_starts_where_local_ended_if_gates_are_closed(gate, small, folder, 
     assert ends.tolist() == [*range(3, 250, 3), 250]
     same(means[[0, -1]] * math.log(2), [1.0, 249.0], 1e-6)
 
-
 # --- fast_forward --------------------------------------------------------------------------------
 @pytest.mark.parametrize("rule", RULES)
 def test_fast_forward_leaves_the_memory_that_reading_all_of_the_hay_leaves(rule):
@@ -228,64 +209,23 @@ def test_fast_forward_leaves_the_memory_that_reading_all_of_the_hay_leaves(rule)
         assert (c.memory.M - r.memory.M).norm() < 2e-3 * r.memory.M.norm()
         assert (s.memory.M - r.memory.M).norm() > 0.9 * r.memory.M.norm()    # it is not nothing
 
-
-def test_fast_forward_asks_for_training_keys_behind_up_to_a_million_tokens(monkeypatch):
-    periods, sides, shifts, keys, counted = [], set(), set(), [], fast_forward.fast_forward
-    monkeypatch.setattr(fast_forward, "fast_forward", lambda model, state, n, write: (
-        periods.append(n), counted(model, state, n, write))[1])
-    model, calls = InfiniTransformer(passkey.model_config(d_model=8, n_heads=1, n_layers=1)), []
-    model.register_forward_pre_hook(lambda _, inputs: calls.append(inputs[0]))
-    for step in range(30):
-        calls.clear()
-        loss, n_tokens, _ = fast_forward.fast_forward_loss(model, random.Random(step))
-        assert n_tokens == sum(call.numel() for call in calls[1:]) + 6
-        before, after = periods[-2:]
-        sides.add((before > 0, after > 0))
-        shifts.add(len(calls[0][0]) - len(passkey.encode(passkey.INTRO)))
-        for needle, end in zip(calls[1 + len(fast_forward.leaps(before))], calls[-1], strict=True):
-            text = re.sub(r"(?<=\d) (?=\d)", "", passkey.decode([*needle, *end]))
-            key, again, asked = re.findall(r"\d+", text)
-            keys += [key] * (key == again and asked == key[:-1])
-    assert len(keys) == 6 * 30 and not any(map(passkey.is_held_out, keys))
-    assert sides == {(True, False), (False, True), (True, True)} and shifts == {0, 24, 48, 72}
-    assert 800_000 < max(periods) * 96 <= 1_200_000 and 10 <= min(filter(None, periods)) < 40
-    loss.backward()
-    assert all(p.grad.norm() > 0 for p in model.parameters())
-
-
-def test_fast_forward_trains_on_from_short_models(tmp_path, monkeypatch, command):
-    used, calls = [], []
+def test_fast_forward_goes_on_from_short_models_and_takes_turns_with_plain_steps(
+        tmp_path, monkeypatch, command):
+    used = []
     for module, name in ((fast_forward, "fast_forward_loss"), (passkey, "plain_loss")):
         monkeypatch.setattr(module, name, lambda model, rng, *_, name=name, **sizes: (
             used.append((name, rng.random(), sizes)),
             (model.head.weight.square().mean(), 1, {}))[1])
-    def two_steps(model, loss_of, steps, path, *rates, **kw):
-        calls.append((path.name, steps, rates, model.head.weight.sum().item()))
-        train.train(model, loss_of, 2, path, *rates, **kw)
-    monkeypatch.setattr(passkey, "train", two_steps)
-    shorts = [save_model(tmp_path / f"{rule}.pt", seed=seed, update=rule)
-              for rule, seed in zip(RULES, (5, 3))]
-    sums = [train.load_model(path)[0].head.weight.sum().item() for path in shorts]
+    shorts = [save_model(tmp_path / f"{rule}.pt", seed=5, update=rule) for rule in RULES]
     options = ["--keys", 2, "--lengths", "128,256", "--out", tmp_path, "--threads", 1]
-    code, out, _ = command(fast_forward.main, "--load", *shorts, *options)
-    assert code == 0 and "2 keys" in out and calls == [
-        ("passkey-fast-forward-linear-seed5.pt", 1600, (2e-3, 1e-2), sums[0]),
-        ("passkey-fast-forward-delta-seed3.pt", 1600, (2e-3, 1e-2), sums[1])]
+    code, out, _ = command(fast_forward.main, "--load", *shorts, "--steps", 2, *options)
     kinds = [("plain_loss", dict(longest=1024, tokens_per_step=2048)), ("fast_forward_loss", {})]
-    assert used == [(name, random.Random(f"{seed} tuned/{step}").random(), sizes)
-                    for seed in (5, 3) for step, (name, sizes) in enumerate(kinds)]
-    rows = rows_of(tmp_path / "fast-forward.csv")[1:]
-    assert [set(column) for column in zip(*rows)][:5] == [
-        {"fast-forward"}, {*RULES}, {"5", "3"}, {"128", "256"}, {"0", "0.5", "1"}]
-    command(fast_forward.main, "--steps", 7, *options)    # it trains short models first
-    assert [row[:2] for row in calls[2:]] == [
-        (f"passkey-{way}-{rule}-seed0.pt", 7)
-        for rule in RULES for way in ("short", "fast-forward")]
-    other = save_model(tmp_path / "other.pt", training="plain", update="linear")
-    for bad in ([other], [shorts[0], shorts[0]]):
-        code, _, err = command(fast_forward.main, "--load", *bad, *options)
-        assert code == 2 and re.fullmatch("error: --load was .+, must be .+\n", err)
-
+    assert code == 0 and used == [(name, random.Random(f"5 tuned/{step}").random(), sizes)
+                                  for _ in RULES for step, (name, sizes) in enumerate(kinds)]
+    settings = train.load_model(tmp_path / "passkey-fast-forward-delta-seed5.pt")[1]
+    start = sum(p.double().sum().item() for p in train.load_model(shorts[1])[0].parameters())
+    assert settings["starting_weights"] == round(start, 6) and settings["lr"] == 2e-3
+    assert len(rows_of(tmp_path / "fast-forward.csv")) == 1 + 2 * 2 * 3
 
 # --- dilution and texts --------------------------------------------------------------------------
 def test_dilution_is_the_needles_part_of_the_weights_of_all_tokens_in_the_memory():
@@ -306,28 +246,6 @@ def test_dilution_is_the_needles_part_of_the_weights_of_all_tokens_in_the_memory
             same(heads, needle.sum(1) / weights[:, :past].sum(1), 1e-9)
             x, _ = block(x, None)
     assert list(shares) == [130, 300] and (shares[130] > shares[300]).all()
-
-
-def test_dilution_shows_the_head_that_is_best_at_first(tmp_path, monkeypatch, command):
-    def shares(model, task, lengths):
-        assert lengths == [128, 2048] and task == passkey.one_key("9054")
-        most = 1.0 if model.config.update == "delta" else 0.5
-        yield from zip(lengths, most * torch.tensor([[[0.5, 0.9]], [[0.8, 0.1]]]))
-    monkeypatch.setattr(dilution, "needle_shares", shares)
-    linear, delta = (save_model(tmp_path / f"{rule}.pt", update=rule) for rule in RULES)
-    local = save_model(tmp_path / "local.pt", attention="local")
-    options = ["--lengths", "2K,128", "--out", tmp_path, "--threads", 1]
-    code, out, _ = command(dilution.main, "--load", delta, linear, local, delta, *options)
-    assert code == 0 and [re.split("  +", line) for line in out.splitlines()] == [
-        ["Needle's share in %", "128", "2K"], ["short delta 0", "90", "10"],
-        ["short linear 0", "45", "5"], ["short delta 0 (3)", "90", "10"]]    # the third model
-    names, x, y = zip(*rows_of(tmp_path / "dilution.csv")[1:])
-    assert names[1:4] == ("short delta 0", "short linear 0", "short linear 0")
-    same([[*map(float, x)], [*map(float, y)]], [[128, 2048] * 3, [90, 10, 45, 5, 90, 10]], 1e-6)
-    for bad in (["--load", local, *options], ["--load", delta, "--lengths", 127]):
-        code, _, err = command(dilution.main, *bad)
-        assert code == 2 and re.fullmatch("error: --.+ was .+, must .+\n", err)
-
 
 def test_texts_differ_from_the_papers_in_one_thing_each(tmp_path, monkeypatch, command):
     path, asked = save_model(tmp_path / "a.pt", seed=2), []
@@ -351,7 +269,6 @@ def test_texts_differ_from_the_papers_in_one_thing_each(tmp_path, monkeypatch, c
         rows = rows_of(tmp_path / f"texts-{name}.csv")
         assert len(rows) == 1 + 4 and rows[1][:3] == ["short", "delta", "2"]
 
-
 # --- bench ---------------------------------------------------------------------------------------
 def test_bench_divides_what_its_rows_say(tmp_path, monkeypatch, command):
     monkeypatch.setattr(bench, "SIZES", dict(
@@ -359,54 +276,31 @@ def test_bench_divides_what_its_rows_say(tmp_path, monkeypatch, command):
         far=256, early=64, late=128, new_tokens=2, segments=2, matrix=8))
     ran, forward = [], infini.InfiniAttention.forward
     monkeypatch.setattr(infini.InfiniAttention, "forward", lambda layer, x, state=None: (
-        ran.append((layer.config, state)), forward(layer, x, state))[1])
+        ran.append(layer.config), forward(layer, x, state))[1])
     def seconds(action):    # not how long it takes, but a number that says what runs
         ran.clear()
         action()
-        if not ran or ran[0][1]:
-            return ran[0][1].memory.z.mean().item() if ran else 7.0
-        c = ran[0][0]
-        n = dict(local=2.0, infini={"linear": 3.0, "delta": 4.0}[c.update], full=5.0)[c.attention]
-        return n + c.d_model * (c.d_model == 1024) + 100 * (c.form == "recurrent")
+        kind = ran[0].attention if ran and ran[0].attention != "infini" else ran and ran[0].update
+        number = dict(local=2.0, linear=3.0, delta=4.0, full=5.0).get(kind or "", 7.0)
+        return number + (1024 * (ran[0].d_model == 1024) + 100 * (ran[0].form == "recurrent")
+                         if ran else 0)
     monkeypatch.setattr(bench, "medians", lambda repeats, *actions: [*map(seconds, actions)])
-    def in_new_process(function, *args):
-        ran.clear()
-        function(*args)
-        return 9.0 + (args[0] if function is bench.streaming_peak else ran[-1][0].checkpoint)
-    monkeypatch.setattr(bench, "in_new_process", in_new_process)
-    steps, take = [], bench.take_step
-    monkeypatch.setattr(bench, "take_step", lambda *args: steps.append(take(*args)))
+    monkeypatch.setattr(bench, "in_new_process", lambda function, *args: 9.0 + args[0])
     code, out, err = command(bench.main, "--out", tmp_path, "--threads", 1)
     (header, *rows), lines = rows_of(tmp_path / "bench.csv"), out.splitlines()
-    assert len(steps) == 2 * 2 + 3 + 2    # of memory, kinds and forms
     assert code == 0 and not err and header == ["what", "first", "second", "unit", "ratio"]
-    found = [(what, float(first), float(second)) for what, first, second, *_ in rows]
-    flops = 3 * 2 * 8 * 8 * (2 * 1024 + 2048 + 128) * 256
-    expected = [
-        ("peak.*1M / 32K", 265, 73), ("peak.*training, 2 seg.*=True / without", 10, 9),
-        ("training step, small, Linear / local", 3e3, 2e3), ("t.*small, Delta / local", 4e3, 2e3),
-        ("t.*paper layer, Linear / local", 1027, 1026), ("t.*paper.*Delta / local", 1028, 1026),
-        ("rate.*Linear.* product", flops / 1027e9, 2 * 8 ** 3 / 7e9),
-        ("training speed.*parallel / recurrent", 64 / 3, 64 / 103), ("streaming.*at 1M / at 32K",),
-        ("generate.* 128 / 64 tokens into the text",), ("forward.* 64 .*full / infini", 5, 4)]
-    for (what, *numbers), (pattern, *values) in zip(found, expected, strict=True):
-        assert re.match(pattern, what), what    # without values: a longer past needs more
-        assert numbers == pytest.approx(values) if values else numbers[0] > 1.5 * numbers[1]
+    found = {what: (float(first), float(second)) for what, first, second, *_ in rows}
+    for pattern, values in {
+            "peak.*1M / 32K": (265, 73), "peak.*training, 2 seg.*=True / without": (10, 9),
+            "training step, small, Linear / local": (3e3, 2e3), "t.*small, Delta": (4e3, 2e3),
+            "t.*paper layer, Linear / local": (1027, 1026), "t.*paper.*Delta": (1028, 1026),
+            "training speed.*parallel / recurrent": (64 / 3, 64 / 103),
+            "forward.* 64 .*full / infini": (5, 4)}.items():
+        assert [x for what, x in found.items() if re.match(pattern, what)] == [
+            pytest.approx(values)], pattern
     for (what, first, second, _, ratio), line in zip(rows, lines[2:], strict=True):
         assert float(ratio) == pytest.approx(float(first) / float(second))
         assert line.startswith(what) and line.split()[-1] == f"{float(ratio):.3g}"
-        assert f" {float(first):.4g} / {float(second):.4g} " in line
-
-
-def test_bench_takes_turns_and_finds_the_median_of_each_action(monkeypatch):
-    clock, turns, seconds = [0.0], [], {"a": [1.0, 9.0, 2.0], "b": [5.0, 4.0, 60.0]}
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
-    def act(name):
-        turns.append(name)
-        clock[0] += seconds[name][turns.count(name) - 1]
-    assert bench.medians(3, lambda: act("a"), lambda: act("b")) == [2.0, 5.0]
-    assert turns == ["a", "b"] * 3
-
 
 @pytest.mark.parametrize("rule", RULES)
 def test_bench_counts_the_operations_that_pytorch_counts(rule):
@@ -414,7 +308,6 @@ def test_bench_counts_the_operations_that_pytorch_counts(rule):
         step, counted = bench.layer_step(4 * 2048, update=rule)
         step()
     assert 0.96 < counted / counter.get_total_flops() <= 1
-
 
 @pytest.mark.skipif(bench.resource is None, reason="Windows does not count it")
 def test_bench_measures_the_peak_of_a_process_alone():

@@ -22,22 +22,18 @@ from test_infini import KINDS, SMALL, make, same, tokens_of
 
 TINY = ["--steps", 2, "--segment-len", 8, "--n-layers", 1, "--d-model", 16]    # 256 bytes per step
 
-
 def toy_loss(model, step):
     tokens = tokens_of(2, 13, seed=step)
     loss = F.cross_entropy(model(tokens[:, :-1])[0].mT, tokens[:, 1:])
     return loss, 24, {"shown": 1.0}
-
 
 def train_toy(path, steps=7, loss_of=toy_loss, model=None, **other):
     model = model or make(dtype=torch.float32)
     options = dict(lr=0.01, gate_lr=0.1, warmup=2, save_every=2, settings=dict(seed=0))
     return model, train.train(model, loss_of, steps, path, **{**options, **other})
 
-
 def equal(model, other):
     return all(torch.equal(p, other.state_dict()[name]) for name, p in model.state_dict().items())
-
 
 # --- Optimizer and loop --------------------------------------------------------------------------
 def test_each_parameter_is_in_one_group_and_training_is_adam_with_clip_and_schedule(tmp_path):
@@ -68,7 +64,6 @@ def test_each_parameter_is_in_one_group_and_training_is_adam_with_clip_and_sched
     for p, q in zip(model.parameters(), by_hand.parameters()):
         same(p, q, 1e-5)
 
-
 @pytest.mark.parametrize("broken", [lambda loss: loss * math.nan, lambda loss: loss + math.inf,
                                     lambda loss: loss + (loss - loss.detach()).sqrt()])
 def test_no_step_is_taken_with_a_loss_or_a_gradient_that_is_not_finite(broken, tmp_path):
@@ -80,7 +75,6 @@ def test_no_step_is_taken_with_a_loss_or_a_gradient_that_is_not_finite(broken, t
     with pytest.raises(ValueError, match="loss was .*, its gradient .* at step 6"):
         train_toy(tmp_path / "a.pt", loss_of=loss_of, model=model, save_every=5)
     assert equal(model, seen[5]) and equal(model, train.load_model(tmp_path / "a.pt")[0])
-
 
 # --- Stopped and resumed -------------------------------------------------------------------------
 @pytest.mark.parametrize("at, presses, saved", [(0, 1, 1), (4, 1, 5), (6, 1, 7), (5, 2, 4)])
@@ -107,7 +101,6 @@ def test_a_training_stopped_by_ctrl_c_and_resumed_ends_as_one_that_was_not_stopp
     assert equal(loaded, whole) and loaded.config == whole.config and not loaded.training
     assert {**settings, "seed": 0, "lr": 0.01} == settings
 
-
 def train_until_killed(path, last, seconds):    # some time after `last` more steps
     steps = iter(range(1, 999))
     def loss_of(model, step):
@@ -115,7 +108,6 @@ def train_until_killed(path, last, seconds):    # some time after `last` more st
             threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
         return toy_loss(model, step)
     train_toy(path, 150, loss_of, resume=True)
-
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
 def test_a_training_that_is_killed_ten_times_ends_as_one_that_is_not(tmp_path):
@@ -135,7 +127,6 @@ def test_a_training_that_is_killed_ten_times_ends_as_one_that_is_not(tmp_path):
     assert content["losses"].tolist() == losses and equal(whole, train.load_model(path)[0])
     assert torch.equal(content["gates"], torch.stack([*gates, whole.gates()])[2::2])    # of 100
 
-
 def test_a_full_disk_is_one_line_and_leaves_the_old_checkpoint_whole(folder, tmp_path, command):
     resource = pytest.importorskip("resource", reason="Windows has no limit for a file's size")
     args = [train.main, *TINY, "--data", folder, "--out", tmp_path / "new" / "out"]
@@ -149,7 +140,6 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_checkpoint_whole(folder, tmp
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert code == 2 and err.splitlines()[-1].startswith("error: ") and err.count("error") == 1
     assert [file.read_bytes() for file in args[-1].iterdir()] == [before]
-
 
 def test_a_broken_harmful_or_other_checkpoint_is_refused_in_one_line(folder, command, monkeypatch):
     monkeypatch.chdir(folder.parent)
@@ -174,7 +164,6 @@ def test_a_broken_harmful_or_other_checkpoint_is_refused_in_one_line(folder, com
         error = f"error: {path} was of another training ({name} = {value!r}), must be of this one\n"
         assert command(*args, "--resume")[::2] == (2, error)
 
-
 # --- Text and language model ---------------------------------------------------------------------
 def test_the_text_is_the_standard_library_without_tests_and_each_tenth_file_is_held_out(folder):
     training, held_out = ([bytes(d.numpy()) for d in part] for part in train.read_documents())
@@ -193,7 +182,6 @@ def test_the_text_is_the_standard_library_without_tests_and_each_tenth_file_is_h
     (training,), (held_out,) = train.read_documents(folder / "../book")
     assert len(training) == 900 and bytes(held_out.numpy()) == bytes(range(32, 132))
 
-
 def test_each_place_of_a_text_is_equally_likely_and_validation_pieces_do_not_overlap():
     documents = [torch.arange(10), torch.arange(100, 150), torch.arange(5)]
     rows = train.draw_sequences(documents, 8000, 10, random.Random(0))
@@ -205,7 +193,6 @@ def test_each_place_of_a_text_is_equally_likely_and_validation_pieces_do_not_ove
     assert torch.equal(pieces, pieces[:, :1] + torch.arange(20)) and pieces.dtype == torch.long
     assert pieces[:, 0].tolist() == [0, 20, 40, 70, 90, 110, 140, 160, 180]
     assert train.validation_pieces(documents, 20, most=5)[:, 0].tolist() == [0, 40, 90, 140, 180]
-
 
 def test_a_loss_asks_for_the_next_bytes_and_seed_and_step_alone_decide_which():
     model, read = make(dtype=torch.float32, vocab_size=256), []
@@ -219,7 +206,6 @@ def test_a_loss_asks_for_the_next_bytes_and_seed_and_step_alone_decide_which():
         assert loss.item() == pytest.approx(-p.log().mean().item(), rel=1e-5)
         assert shown == {"bits per byte": pytest.approx(-p.log2().mean().item(), rel=1e-5)}
 
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_bits_are_those_of_the_probabilities_and_forgetting_is_reading_each_segment_alone(kind):
     model, tokens = make(kind), tokens_of(3, 4 * SMALL.segment_len + 1)
@@ -228,7 +214,6 @@ def test_bits_are_those_of_the_probabilities_and_forgetting_is_reading_each_segm
         expected = -logits.softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0].log2()
         for at_once in (1, 2 ** 14):
             same(train.bits(model, tokens, forget, at_once), expected, 1e-6)
-
 
 def test_the_weights_do_not_depend_on_what_was_trained_before(folder, tmp_path):
     weights, documents = {}, train.read_documents(folder)[0]
@@ -239,7 +224,6 @@ def test_the_weights_do_not_depend_on_what_was_trained_before(folder, tmp_path):
     assert not equal(weights[0], weights[1])
     assert model.config.d_value == model.config.d_key == 32 and model.config.d_ff == 64
     same(model.gates()[:, [0, 3]].logit(), torch.tensor([[-4.05, 1.05]] * 2), 1e-5)
-
 
 def test_the_command_trains_says_what_a_held_out_byte_costs_and_resumes(folder, tmp_path, command):
     where = [train.main, *TINY, "--data", folder, "--out", tmp_path]
@@ -266,7 +250,6 @@ def test_the_command_trains_says_what_a_held_out_byte_costs_and_resumes(folder, 
         assert code == 0 and kind in (c.attention, c.update)
         assert ("forgets" in out) == (kind == "linear")
 
-
 def test_sample_continues_a_text_and_each_of_its_options_counts(tmp_path, command, monkeypatch):
     model, _ = train_toy(tmp_path / "a.pt", 1, model=make(dtype=torch.float32, vocab_size=256))
     def sample(*options):
@@ -282,9 +265,7 @@ def test_sample_continues_a_text_and_each_of_its_options_counts(tmp_path, comman
     assert a == again and len({a, *others}) == 4
     monkeypatch.setattr(train, "generate", lambda *_, on_token: [
         on_token(torch.tensor([byte])) for byte in "é€".encode()])    # of two and three bytes
-    monkeypatch.setattr(torch, "set_num_threads", (threads := []).append)
-    assert sample("--threads", 3) == "(x) é é€\n" and threads == [3]
-
+    assert sample() == "(x) é é€\n"
 
 @pytest.mark.parametrize("arguments", """--steps 0; --steps 1.5; --steps nan; --steps 99999999999;
     --segment-len 0; --d-model x; --lr -1; --lr nan; --lr 1e999; --lr 0,1; --lr 2; --gate-lr 0,1;
@@ -303,7 +284,6 @@ def test_bad_arguments_are_one_line_and_exit_code_2(arguments, tmp_path, command
     assert code == 2 and len(err.splitlines()) == 1 and err.strip() and not out
     assert Path("FILE").read_bytes() == b"kept"
 
-
 def test_a_users_mistake_is_one_line_and_ours_a_traceback(command):
     for error, line in ((ValueError("\na was 1, must be 2\n3"), "a was 1, must be 2"),
                         (OSError(28, "full"), "[Errno 28] full"), (MemoryError(), "MemoryError"),
@@ -314,11 +294,9 @@ def test_a_users_mistake_is_one_line_and_ours_a_traceback(command):
         with pytest.raises(type(error)):
             train.run_command(Mock(side_effect=error))
 
-
 def where(i, seconds):
     time.sleep(seconds)
     return i, os.getpid(), torch.get_num_threads()
-
 
 def test_jobs_run_side_by_side_in_processes_of_one_thread_and_give_results_in_order(monkeypatch):
     here = os.getpid()
