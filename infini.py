@@ -462,8 +462,9 @@ def require(ok, name, was, must):
 def require_number(name, value, low=-sys.float_info.max, whole=False):
     """Refuse what is not a finite number of at least `low`. NumPy's numbers are numbers."""
     number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+    plain = value.item() if hasattr(value, "item") else value
     must = f"a {'whole' if whole else 'finite'} number" + f" of at least {low}" * (low >= 0)
-    require(number and low <= value <= sys.float_info.max, name, repr(value), must)
+    require(number and low <= plain <= sys.float_info.max, name, repr(value), must)
 
 
 def check_config(config):
@@ -475,9 +476,8 @@ def check_config(config):
             require_number(name, value, *((1, True) if kind is int else ()))
             object.__setattr__(config, name, kind(value))    # NumPy's numbers become Python's
         else:
-            ok = type(value) is kind and value in words.get(name, (True, False))
-            must = ", ".join(words.get(name, ("True", "False")))
-            require(ok, name, repr(value), f"one of {must}")
+            must = words.get(name, (False, True))
+            require(type(value) is kind and value in must, name, repr(value), f"one of {must}")
     require(config.d_key % 2 == 0, "d_key", config.d_key, "even (RoPE turns pairs of features)")
     require(config.rope_base > 0, "rope_base", config.rope_base, "positive")
 

@@ -574,12 +574,12 @@ def test_a_config_that_makes_no_sense_is_refused_by_the_name_of_its_field():
     for must, bad in {
             "a whole number of at least 1": dict(segment_len=0, d_ff=2.5, d_key=0, n_heads=-1,
                                                  n_layers=True, d_model="64", vocab_size=None),
-            "even": dict(d_key=3), "one of linear, delta": dict(update="hebb"),
-            "one of infini, local, xl, full": dict(attention="flash"),
-            "one of parallel, recurrent": dict(form=["parallel"]),
-            "one of True, False": dict(causal=1, checkpoint="no"), "positive": dict(rope_base=0.0),
-            "a finite number": dict(rope_base=10 ** 400, gate_init=math.nan, gate_spread=math.inf),
-            "a finite": dict(rope_base=False, gate_init="0", gate_spread=1j)}.items():
+            "even": dict(d_key=3), "positive": dict(rope_base=0.0),
+            "one of ('linear', 'delta')": dict(update="hebb"),
+            "one of ('infini', 'local', 'xl', 'full')": dict(attention="flash"),
+            "one of ('parallel', 'recurrent')": dict(form=["parallel"]),
+            "one of (False, True)": dict(causal=1, checkpoint="no"),
+            "a finite number": dict(rope_base=10 ** 400, gate_init=math.nan, gate_spread="0")}.items():
         for field, value in bad.items():
             line = f"{field} was {value!r}, must be {must}"
             refused(line, lambda: replace(SMALL, **{field: value}))
@@ -643,7 +643,7 @@ def test_settings_that_make_no_sense_are_refused():
     model, local, tokens = make(), make("local"), tokens_of(2, 13)
     refused("attention was local, must be infini", local.gates)
     refused("attention was infini, must be local", inject_memory, model)
-    refused("update was 'hebb', must be one of linear, delta", inject_memory, local, "hebb")
+    refused("update was 'hebb', must be one of ('linear', 'delta')", inject_memory, local, "hebb")
     refused("causal was False, must be True", generate, make(causal=False), tokens, 3)
     for function, must, name, *bad in (
             (stream, "a whole number of at least 1", "chunk_len", 0, 2.5),
