@@ -574,12 +574,11 @@ def test_a_config_that_makes_no_sense_is_refused_by_the_name_of_its_field():
     for must, bad in {
             "a whole number of at least 1": dict(segment_len=0, d_ff=2.5, d_key=0, n_heads=-1,
                                                  n_layers=True, d_model="64", vocab_size=None),
-            "even": dict(d_key=3), "positive": dict(rope_base=0.0),
-            "one of ('linear', 'delta')": dict(update="hebb"),
+            "even": dict(d_key=3), "positive": dict(rope_base=0.0), "one of (False, True)": dict(
+                causal=1, checkpoint="no"), "one of ('linear', 'delta')": dict(update="hebb"),
             "one of ('infini', 'local', 'xl', 'full')": dict(attention="flash"),
             "one of ('parallel', 'recurrent')": dict(form=["parallel"]),
-            "one of (False, True)": dict(causal=1, checkpoint="no"),
-            "a finite number": dict(rope_base=10 ** 400, gate_init=math.nan, gate_spread="0")}.items():
+            "a finite": dict(rope_base=10 ** 400, gate_init=math.nan, gate_spread="0")}.items():
         for field, value in bad.items():
             line = f"{field} was {value!r}, must be {must}"
             refused(line, lambda: replace(SMALL, **{field: value}))

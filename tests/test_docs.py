@@ -19,8 +19,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
 CODE = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
         for pattern in ("*.py", "experiments/*.py", "tests/*.py") for path in ROOT.glob(pattern)}
-EXPERIMENTS = sorted(Path(name).stem for name in CODE if name.startswith("experiments/"))
-EXPERIMENTS.remove("curves")
+EXPERIMENTS = sorted({Path(n).stem for n in CODE if n.startswith("experiments/")} - {"curves"})
 COMMANDS = re.findall(r"^ {4}(?:pip .* && )?(python .*)$", README + RESULTS, re.MULTILINE)
 
 # --- Sizes, structure ----------------------------------------------------------------------------
