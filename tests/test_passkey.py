@@ -230,12 +230,12 @@ def test_the_heat_map_shows_each_share_at_its_depth_and_length(tmp_path, monkeyp
     share = {(n, d): (n % 7 + d * 50) / 100 for n in lengths for d in depths}
     found = [Found(n, d, x, 0.0) for (n, d), x in share.items()]
     passkey.draw({"a": found, "b": found}, lengths, depths, tmp_path / "a.png")
-    first, second, *_ = figures[0].axes
+    (first, second, *_), image = figures[0].axes, figures[0].axes[0].images[0]
     assert [tick.get_text() for tick in second.get_xticklabels()] == ["1K", "100"]
     assert [tick.get_text() for tick in first.get_yticklabels()] == ["0%", "30%", "100%"]
     assert "length" in second.get_xlabel() and "depth" in first.get_ylabel()
     values = [[100 * share[n, d] for n in lengths] for d in depths]
-    assert np.allclose(first.images[0].get_array(), values) and first.yaxis_inverted()
+    assert np.allclose(image.norm(image.get_array()) * 100, values) and first.yaxis_inverted()
     assert {text.get_position(): text.get_text() for text in first.texts} == {
         (x, y): f"{value:.0f}" for y, line in enumerate(values) for x, value in enumerate(line)}
 
