@@ -304,7 +304,7 @@ def table(paths, lengths, depths, n_keys, eval_seed, device, csv_path, needle=NE
     its row with the paper's below, and write each cell into a CSV file. Returns {name: Founds}."""
     models, results, limit = [load_for_table(path, device) for path in paths], {}, 2 ** 15
     at = "/".join(f"{d:.0%}" for d in depths) if len(depths) < 4 else f"the worst of {len(depths)}"
-    print(f"\nDigits right in %, key at {at} of the hay, {n_keys} keys ({n_keys // 2} beyond 32K)")
+    print(f"\nDigits right in %, key at {at} of the hay, {n_keys} keys ({(n_keys + 1) // 2} beyond 32K)")
     print_row("training, rule, seed", [short(n) for n in lengths])
     with open(csv_path, "w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
