@@ -12,7 +12,7 @@ Glossary (row vectors, as in the paper)
     Q, K     q, k         (B, H, T, d_key)        queries and keys, without positions
     V        v            (B, H, T, d_value)      values
     sigma    sigma        as its input            ELU + 1, makes queries and keys positive
-    M        M            (B, H, d_key, d_value)  the memory: sum of sigma(key)^T value
+    M        M            (B, H, d_key, d_value)  the memory: sigma(key)^T value, summed
     z        z            (B, H, d_key)           its normaliser: sum of sigma(key)
     A_dot    a_dot        (B, H, T, d_value)      what softmax attention finds in this segment
     A_mem    a_mem        (B, H, T, d_value)      what the memory returns of all earlier segments
@@ -61,7 +61,7 @@ class InfiniConfig:
     checkpoint: bool = False     # recompute each segment in the backward pass, to save memory
 
     def __post_init__(self):
-        check_config(self)       # what is refused stands at the end of this file
+        check_config(self)       # see the end of this file
 
 
 # --- Background: three layers of one shape, (input, state) -> (output, state) --------------------
@@ -122,8 +122,8 @@ class Memory(NamedTuple):
 
 
 def at_least_float32(x):
-    """Widen half precision. Departure: the paper does not give the memory's precision. M and z only
-    grow, and in half precision they overflow or stop counting after a few segments."""
+    """Widen half precision. Departure: the paper does not give the memory's precision. M and z are
+    long sums. In half precision they overflow or stop counting after a few segments."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -166,7 +166,7 @@ def update_linear(memory, k, v):
 
 
 def update_delta(memory, k, v):
-    """Write a segment, but of its values only what the memory lacks, Eq. 9 (Linear + Delta).
+    """Write only the part of each value that the memory lacks, Eq. 9 (Linear + Delta).
     Departure: the paper says that M stays unmodified if the binding is already stored. This holds
     only while the memory returns the stored value. Written twice, a binding makes z grow but not
     M, and from then on its value is read back smaller. We keep the equation as printed."""
@@ -245,7 +245,7 @@ class InfiniAttention(nn.Module):
         return a, self.empty_state(q, memory)            # and write only then
 
     def pieces(self, T, L, one_by_one):
-        """Cut T new tokens, after L in the open segment, where segments end. Returns lengths."""
+        """Cut T new tokens where segments end. L tokens are already open. Returns the lengths."""
         rest = min(T, -L % self.N)
         S, start = divmod(T - rest, self.N)
         complete = [self.N] * S if one_by_one else [S * self.N]

@@ -114,7 +114,7 @@ def is_held_out(key):
 
 
 def draw_keys(rng, n, digits, held_out):
-    """Draw n keys for evaluation (held out) or training. A training key uses only five different
+    """Draw n keys for evaluation (held out) or training. A training key has at most five different
     digits, drawn anew per key, since keys that repeat a digit are the hard ones."""
     keys = []
     while len(keys) < n:
@@ -209,8 +209,8 @@ class Found(NamedTuple):
 
 def evaluate(model, tasks, lengths, depths, hay="paper"):
     """Hide each needle in inputs of at least n tokens, n in `lengths`, at each depth, and ask.
-    The model writes all digits itself. Inputs are streamed, and what they share is read once: the
-    hay before the needle for all of them, the hay after it up to each length. Yields a Found."""
+    The model writes all digits itself. Inputs are streamed. All keys share the hay before the
+    needle, and all lengths share the hay after it, so that is read once. Yields a Found."""
     device, B = model.embedding.weight.device, len(tasks)
     needles, questions, answers = (torch.stack([*map(encode, texts)]).to(device)
                                    for texts in zip(*tasks))
@@ -304,7 +304,7 @@ def table(paths, lengths, depths, n_keys, eval_seed, device, csv_path, needle=NE
     its row with the paper's below, and write each cell into a CSV file. Returns {name: Founds}."""
     models, results, limit = [load_for_table(path, device) for path in paths], {}, 2 ** 15
     at = "/".join(f"{d:.0%}" for d in depths) if len(depths) < 4 else f"the worst of {len(depths)}"
-    print(f"\nDigits right in %, key at {at} of the hay, {n_keys} keys ({(n_keys + 1) // 2} beyond 32K)")
+    print(f"\nDigits right in %, key at {at} of hay, {n_keys} keys ({-(-n_keys // 2)} above 32K)")
     print_row("training, rule, seed", [short(n) for n in lengths])
     with open(csv_path, "w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)

@@ -4,7 +4,7 @@
     python train.py --kind local          the same model without memory
     python train.py sample --load FILE    continue a text, byte by byte
 
-The text is the Python standard library's own source. First comes the lesson, then comfort."""
+The text is the Python standard library's own source. The lesson comes first, the comforts last."""
 import argparse
 import codecs
 import io
@@ -37,7 +37,7 @@ KINDS = dict(local=dict(attention="local"), xl=dict(attention="xl"), linear=dict
 # --- Text: from files to batches -----------------------------------------------------------------
 def read_documents(path=None):
     """Read a folder of files, or one file, as byte tensors. Default: the standard library.
-    Returns documents to train on and documents to validate on, which are every tenth file, or the
+    Returns documents to train on and documents to validate on, a random tenth of the files, or the
     last tenth of a single one. Raises ValueError without text, OSError if a file can't be read."""
     root = Path(path or sysconfig.get_paths()["stdlib"])
     left_out = set() if path else {"test", "tests", "idle_test", "site-packages", "encodings",

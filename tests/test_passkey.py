@@ -194,7 +194,7 @@ def test_the_table_has_our_digits_the_papers_and_whole_keys(tmp_path, asked, com
     args = [passkey.main, "--load", save(tmp_path / "a"), "--out", tmp_path, "--keys", 4]
     code, out, _ = command(*args, "--lengths", "2K,32K,512K,1M", "--csv", tmp_path / "b")
     title, header, *lines = out.splitlines()[1:]
-    assert code == 0 and "4 keys (2 beyond 32K)" in title and "0%/50%/100% of the hay" in title
+    assert code == 0 and "4 keys (2 above 32K)" in title and "0%/50%/100% of hay" in title
     rows = {"training, rule, seed": ["2K", "32K", "512K", "1M"],
             "short delta 7": ["14/19/24", "11/16/21", "12/17/22", "14/19/24"],
             "    the paper, zero-shot": ["", "13/11/99", "6/8/97", "7/6/97"],
