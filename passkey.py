@@ -366,8 +366,8 @@ def main():
         parser.error(f"argument --training: was {args.training!r}, must be of {','.join(WAYS)}")
     set_up(args.device, args.threads, args.out)
     path = args.csv or args.out / "passkey.csv"
-    if path.is_dir() or not path.parent.is_dir():
-        raise ValueError(f"--csv was {path}, must be a file in a folder that exists")
+    if path.is_dir() or not path.parent.is_dir() or path.suffix == ".pt":
+        raise ValueError(f"--csv was {path}, must be no checkpoint, in a folder that exists")
     jobs = [(rule, ways, args.seed, args.steps, args.out, args.device, args.resume)
             for rule in ["-"] * ("local" in ways) + (rules if args.rule == "both" else [args.rule])]
     paths = args.load or sum(side_by_side(train_ways, jobs), [])

@@ -243,7 +243,7 @@ def test_the_heat_map_shows_each_share_at_its_depth_and_length(tmp_path, monkeyp
     --lengths 1G; --lengths 65M; --lengths 10; --lengths 1K,,2K; --depths 101; --depths nan; more;
     --depths -1; --keys 0; --keys 501; --seed -1; --eval-seed -1; --eval-seed 1.5; --st 3;
     --device abacus; --device meta; --threads 0; --rule hebb; --load missing.pt; --load .;
-    --load FILE; --load LM; --out FILE; --csv .; --csv no/table.csv""".split(";"))
+    --load FILE; --load LM; --out FILE; --csv .; --csv no/a; --csv a.pt""".split(";"))
 def test_bad_arguments_are_one_line_and_exit_code_2(arguments, tmp_path, command, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(passkey, "train", None)    # nothing may be trained
