@@ -386,9 +386,9 @@ def generate(model, prompt, max_new_tokens, temperature=1.0, top_p=1.0, generato
         if temperature == 0:
             token = logits.argmax(-1, keepdim=True)                  # (B, 1)
         else:
-            scores = logits.double() - logits.double().amax(-1, keepdim=True)    # at most 0
-            p, order = (scores / max(temperature, 1e-300)).softmax(-1).sort(-1, descending=True)
-            p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)          # the likeliest one stays
+            scores = logits.float() - logits.float().amax(-1, keepdim=True)    # at most 0
+            p, order = (scores / max(temperature, 1e-30)).softmax(-1).sort(-1, descending=True)
+            p = p.masked_fill(p.cumsum(-1) - p >= max(top_p, 1e-30), 0)    # one stays
             token = order.gather(-1, p.multinomial(1, generator=generator))
         tokens.append(token)
         if on_token is not None:
