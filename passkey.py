@@ -5,9 +5,8 @@
 
 The prompt is the paper's (appendix B), word for word. A token is a word, a punctuation mark or a
 digit; the prompt needs 53. Evaluation keys never occur in training.
-Departure: the paper trains on its own prompt only. Here half of the hay is shuffled sentences or
-random words, and in a quarter of the steps a key has 3, 5 or 6 digits. A model that has seen one
-paragraph only learns to ignore that paragraph."""
+Departure: the paper trains on its own prompt only. Here half of the hay or more is other text, and
+some keys have 3, 5 or 6 digits. A model that sees one paragraph only learns to ignore that one."""
 import csv
 import math
 import random
@@ -28,18 +27,18 @@ INTRO = ("There is an important info hidden inside a lot of irrelevant text. Fin
 HAY = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 NEEDLE = "The pass key is {0}. Remember it. {0} is the pass key."
 QUESTION = "What is the pass key? The pass key is"
-DIGITS, SHORTEST, GATE_LR = 4, 64, 1e-2    # of a key; tokens of a training input; the gates' rate
-WAYS = {    # goes on from, steps, tokens of the longest input, tokens per step, learning rate
-    "local": (None, 4800, 256, 1024, 4e-3),        # the control, a model without memory
-    "short": (None, 4800, 256, 1024, 4e-3),        # long inputs alone would teach nothing
-    "plain": ("short", 1600, 5000, 5000, 2e-3)}    # at most 5,014 tokens (the paper: 5K)
+DIGITS, SHORTEST = 4, 64    # of a key; tokens of a training input
+WAYS = {    # goes on from, steps, tokens of the longest input, tokens per step, rate, sharper
+    "local": (None, 4000, 256, 1024, 4e-3, 1),        # the control, a model without memory
+    "short": (None, 4000, 256, 1024, 4e-3, 1),        # long inputs alone would teach nothing
+    "plain": ("short", 1600, 5000, 2048, 2e-3, 1),    # inputs of up to 5K tokens, as in the paper
+    "sharp": ("short", 1600, 5000, 2048, 2e-3, 4)}    # the same, while W_Q and W_K grow fourfold
 PAPER_LENGTHS = [2 ** 15, 2 ** 17, 2 ** 18, 2 ** 19, 2 ** 20]
 PAPER = {    # Table 3 at these lengths: digits right in %, key at the start/middle/end
-    ("short", "linear"): "14/13/98 11/14/100 6/3/100 6/7/99 8/6/98",
-    ("short", "delta"): "13/11/99 6/9/99 7/5/99 6/8/97 7/6/97",
-    ("plain", "linear"): "100/100/100 100/100/100 100/100/100 97/99/100 96/94/100",
-    ("plain", "delta"): "100/100/100 100/100/99 100/100/99 100/100/100 100/100/100"}
-PAPER_NAMES = {"short": "the paper, zero-shot", "plain": "the paper, 400 steps"}
+    "zero-shot linear": "14/13/98 11/14/100 6/3/100 6/7/99 8/6/98",
+    "zero-shot delta": "13/11/99 6/9/99 7/5/99 6/8/97 7/6/97",
+    "400 steps linear": "100/100/100 100/100/100 100/100/100 97/99/100 96/94/100",
+    "400 steps delta": "100/100/100 100/100/99 100/100/99 100/100/100 100/100/100"}
 
 
 def model_config(**other):
@@ -69,11 +68,6 @@ def encode(text):
     return torch.tensor([TOKEN[word] for word in words(text)], dtype=torch.long)
 
 
-def decode(tokens):
-    """Turn (T,) token ids into text."""
-    return re.sub(r" ([.?])", r"\1", " ".join(VOCABULARY[t] for t in tokens))
-
-
 def write_hay(kind, n, rng):
     """Write n paragraphs, (24 n,) ids: the "paper"'s, its sentences "shuffled", or its "words"."""
     if kind == "paper":
@@ -97,8 +91,7 @@ def one_key(key, needle=NEEDLE):
 
 
 def write_input(task, hay, before):
-    """Write an input and its answer, (T,) token ids, with the needle after `before` paragraphs."""
-    before *= PARAGRAPH
+    """Write an input and its answer, (T,) ids, with the needle after `before` tokens of hay."""
     return torch.cat([encode(INTRO), hay[:before], encode(task.needle), hay[before:],
                       encode(task.question), encode(task.answer)])
 
@@ -120,19 +113,16 @@ def draw_keys(rng, n, digits, held_out):
     while len(keys) < n:
         ten = "0123456789"
         key = "".join(rng.choices(ten if held_out else rng.sample(ten, 5), k=digits))
-        if is_held_out(key) == held_out:
+        if is_held_out(key) == held_out and not (held_out and key in keys):
             keys.append(key)
     return keys
 
 
 # --- Training ------------------------------------------------------------------------------------
-def draw_tasks(rng, n, digits=DIGITS):
-    digits = rng.choice([digits, digits, rng.randint(3, 6)])
-    return [one_key(key) for key in draw_keys(rng, n, digits, held_out=False)]
-
-
-def draw_hay(rng, n):
-    return write_hay(rng.choice(["paper", "paper", "shuffled", "words"]), n, rng)
+def draw_hay(rng, n, kinds):
+    """Draw n tokens of hay from anywhere in it, so that needles stand anywhere in a segment."""
+    start = rng.randrange(PARAGRAPH)
+    return write_hay(rng.choice(kinds), math.ceil(n / PARAGRAPH) + 1, rng)[start:start + n]
 
 
 def answer_loss(logits, tasks):
@@ -143,38 +133,52 @@ def answer_loss(logits, tasks):
     return F.cross_entropy(logits.flatten(0, 1), digits.flatten()), {"digits right": right}
 
 
-def plain_loss(model, rng, longest, tokens_per_step, grown=1.0):
-    """Compute the loss on whole inputs of one random length, with random keys, hay and depths. The
-    length is log-uniform up to `longest`, or less while `grown` is below 1. A quarter of the
-    needles stands at the very end. Returns loss, tokens read, numbers to show."""
-    n_tokens = SHORTEST * (longest / SHORTEST) ** (grown * rng.random())
-    total = paragraphs(n_tokens, one_key("0" * DIGITS))
-    tasks = draw_tasks(rng, max(1, tokens_per_step // (SHORTEST + PARAGRAPH * total)))
-    before = [rng.choice([total, *(rng.randint(0, total) for _ in range(3))]) for _ in tasks]
-    inputs = torch.stack([write_input(task, draw_hay(rng, total), n)
+def plain_loss(model, rng, longest, tokens_per_step, kinds):
+    """Compute the loss on inputs of one random length, log-uniform up to `longest` tokens. Half of
+    the needles stand at the very end. Returns loss, tokens read, numbers to show."""
+    n_tokens = int(SHORTEST * (longest / SHORTEST) ** rng.random())
+    digits = rng.choice([DIGITS, DIGITS, rng.randint(3, 6)])
+    keys = draw_keys(rng, max(1, tokens_per_step // n_tokens), digits, held_out=False)
+    tasks = [one_key(key) for key in keys]
+    n_hay = max(0, n_tokens - len(write_input(tasks[0], encode(""), 0)))
+    before = [rng.choice([n_hay, rng.randint(0, n_hay)]) for _ in tasks]
+    inputs = torch.stack([write_input(task, draw_hay(rng, n_hay, kinds), n)
                           for task, n in zip(tasks, before)]).to(model.embedding.weight.device)
     loss, shown = answer_loss(model(inputs[:, :-1])[0], tasks)
     return loss, inputs.numel(), shown
 
 
+@torch.no_grad()
+def sharpen(model, factor):
+    """Multiply W_Q and W_K. Below zero sigma is e^x, so twice the weights square the little that
+    hay writes where the question reads. Departure: the paper has no such step."""
+    for block in model.blocks:
+        block.attention.w_q.weight *= factor
+        block.attention.w_k.weight *= factor
+
+
 def way_loss(way, seed, steps):
-    """Make a way's loss_of(model, step). Without a start, inputs grow for 30% of the steps."""
-    start, _, longest, tokens_per_step, _ = WAYS[way]
+    """Make a way's loss_of(model, step). Without a start, inputs grow for 30% of the steps. In the
+    first half of a way that sharpens, W_Q and W_K grow a little before each step."""
+    start, _, longest, tokens_per_step, _, sharper = WAYS[way]
+    kinds = ["paper", "shuffled", "words", "words" if start else "paper"]
     def loss_of(model, step):
-        rng = random.Random(f"{seed} tuned/{step}" if start else f"{seed}/{step}")
-        grown = 1.0 if start else min(1, step / steps / 0.3)
-        return plain_loss(model, rng, longest, tokens_per_step, grown)
+        if step < steps / 2:
+            sharpen(model, sharper ** (2 / steps))
+        grown = 1 if start else min(1, step / steps / 0.3)
+        return plain_loss(model, random.Random(f"{seed} after {start}/{step}"),
+                          SHORTEST * (longest / SHORTEST) ** grown, tokens_per_step, kinds)
     return loss_of
 
 
-def train_one(way, rule, seed, loss_of, steps, lr, out, start=None, device="cpu", resume=False):
+def train_one(way, rule, seed, loss_of, steps, lr, out, start=None, device="cpu", resume=False,
+              **sizes):
     """Train a model, from the checkpoint `start` or from nothing. Returns its checkpoint's path."""
     torch.manual_seed(seed)
-    kind = dict(attention="local") if rule == "-" else dict(update=rule)
+    kind = dict(sizes, **dict(attention="local") if rule == "-" else dict(update=rule))
     model = load_model(start)[0] if start else InfiniTransformer(model_config(**kind))
     path = Path(out, "-".join(["passkey", way, *[rule] * (rule != "-"), f"seed{seed}.pt"]))
-    print(f"{path.stem}: {steps} steps", flush=True)
-    train(model.to(device), loss_of, steps, path, lr, GATE_LR, resume=resume,
+    train(model.to(device), loss_of, steps, path, lr, 2.5 * lr, resume=resume,
           settings=dict(training=way, seed=seed, digits=DIGITS))
     return path
 
@@ -182,7 +186,7 @@ def train_one(way, rule, seed, loss_of, steps, lr, out, start=None, device="cpu"
 def train_ways(rule, ways, seed, steps, out, device, resume):
     """Train those of the ways that fit the rule; "-" is local's. Returns the checkpoints' paths."""
     paths = {}
-    for way, (start, default, _, _, lr) in WAYS.items():
+    for way, (start, default, _, _, lr, _) in WAYS.items():
         wanted = way in ways or any(WAYS[other][0] == way for other in ways)
         if wanted and (way == "local") == (rule == "-"):
             n, start = steps or default, paths.get(start)
@@ -223,10 +227,9 @@ def evaluate(model, tasks, lengths, depths, hay="paper"):
     progress = Progress("looking", 0, PARAGRAPH * n_all + 1, "tokens")
 
     def read(state, n, rng):
-        batch = state[0].k.shape[0]
-        at_once = max(4, 80 // batch)                                # at most some 2,000 tokens
+        at_once = max(4, 80 // len(state[0].k))                      # at most some 2,000 tokens
         for i in range(0, n, at_once):
-            text = write_hay(hay, min(at_once, n - i), rng).expand(batch, -1).to(device)
+            text = write_hay(hay, min(at_once, n - i), rng).expand(len(state[0].k), -1).to(device)
             _, state = stream(model, text, state)
             progress.show(progress.tokens + text.numel(), text.numel())
         return state
@@ -255,13 +258,6 @@ def print_row(name, cells):
     print(f"{name:24}" + "".join(f"{cell:>12}" for cell in cells), flush=True)
 
 
-def percents(found, lengths, what):
-    """Write a cell per length: the shares at all depths in %, or the lowest of more than three."""
-    for n in lengths:
-        row = [100 * getattr(f, what) for f in found if f.tokens == n]
-        yield "/".join(f"{x:.0f}" for x in (row if len(row) < 4 else [min(row)]))
-
-
 def heat_map(axis, grid, high, text, x, y):
     """Draw a grid of numbers from 0 to `high` as colours and text. Returns the image."""
     image = axis.imshow(grid, cmap="cividis", vmin=0, vmax=high, aspect="auto")
@@ -269,16 +265,15 @@ def heat_map(axis, grid, high, text, x, y):
         for column, value in enumerate(line):
             axis.text(column, row, text.format(value), ha="center", va="center", fontsize=7,
                       color="black" if value > 0.6 * high else "white")
-    axis.set_xticks(range(len(x)), x)
-    axis.set_yticks(range(len(y)), y)
+    axis.set(xticks=range(len(x)), xticklabels=x, yticks=range(len(y)), yticklabels=y)
     return image
 
 
 def draw(results, lengths, depths, path):
-    """Draw a heat map for each model, depth by length. results: {name: Founds}."""
+    """Draw a heat map for each model, depth by length. results: (name, Founds) of each."""
     figure, axes = plt.subplots(len(results), figsize=(6.4, 0.8 + 2.4 * len(results)),
                                 squeeze=False, sharex=True, layout="constrained")
-    for axis, (name, found) in zip(axes.flat, results.items()):
+    for axis, (name, found) in zip(axes.flat, results):
         share = {(f.tokens, f.depth): 100 * f.digits_right for f in found}
         image = heat_map(axis, [[share[n, d] for n in lengths] for d in depths], 100, "{:.0f}",
                          [short(n) for n in lengths], [f"{d:.0%}" for d in depths])
@@ -298,34 +293,41 @@ def load_for_table(path, device="cpu"):
     return model, (settings["training"], rule, settings["seed"]), settings["digits"]
 
 
+def look(path, lengths, depths, n_keys, eval_seed, device, needle, hay, digits):
+    """Look for keys with one model, for half of them beyond 32K tokens. Returns who, Founds."""
+    model, who, trained_on = load_for_table(path, device)
+    rng, limit = random.Random(f"evaluation {eval_seed}"), 2 ** 15
+    keys = draw_keys(rng, n_keys, digits or trained_on, held_out=True)
+    tasks = [one_key(key, needle) for key in keys]
+    return who, [*evaluate(model, tasks, [n for n in lengths if n <= limit], depths, hay),
+                 *evaluate(model, tasks[::2], [n for n in lengths if n > limit], depths, hay)]
+
+
 def table(paths, lengths, depths, n_keys, eval_seed, device, csv_path, needle=NEEDLE, hay="paper",
           digits=None):
-    """Look for keys with each model, all keys up to 32K tokens and every second one beyond. Print
-    its row with the paper's below, and write each cell into a CSV file. Returns {name: Founds}."""
-    models, results, limit = [load_for_table(path, device) for path in paths], {}, 2 ** 15
+    """Look for keys with all models, side by side. Print a row for each, with the paper's below,
+    and write each cell into a CSV file. Returns each model's name and Founds."""
+    jobs = [(path, lengths, depths, n_keys, eval_seed, device, needle, hay, digits)
+            for path in paths if load_for_table(path)]    # a bad one is refused before all work
+    same_text, results = (depths, needle, hay, digits) == ([0, 0.5, 1], NEEDLE, "paper", None), []
     at = "/".join(f"{d:.0%}" for d in depths) if len(depths) < 4 else f"the worst of {len(depths)}"
     print(f"\nDigits right in %, key at {at} of hay, {n_keys} keys ({-(-n_keys // 2)} above 32K)")
     print_row("training, rule, seed", [short(n) for n in lengths])
     with open(csv_path, "w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(["training", "rule", "seed", *Found._fields])
-        for model, who, trained_on in models:
-            rng, name = random.Random(f"evaluation {eval_seed}"), " ".join(map(str, who))
-            keys = draw_keys(rng, n_keys, digits or trained_on, held_out=True)
-            tasks, found = [one_key(key, needle) for key in keys], []
-            for asked, some in ((tasks, [n for n in lengths if n <= limit]),
-                                (tasks[::2], [n for n in lengths if n > limit])):
-                for cell in evaluate(model, asked, some, depths, hay):
-                    found.append(cell)
-                    rows.writerow([*who, *cell])
-                    file.flush()
-            print_row(name, percents(found, lengths, "digits_right"))
-            paper = dict(zip(PAPER_LENGTHS, PAPER.get(who[:2], "").split()))
-            same_text = (depths, needle, hay, digits) == ([0, 0.5, 1], NEEDLE, "paper", None)
+        for who, found in side_by_side(look, jobs):
+            rows.writerows([*who, *cell] for cell in found)
+            file.flush()
+            results.append((" ".join(map(str, who)), found))
+            right = [[f"{100 * f.digits_right:.0f}" for f in found if f.tokens == n]
+                     for n in lengths]
+            print_row(results[-1][0], ["/".join(r) if len(r) < 4 else min(r, key=int)
+                                       for r in right])
+            theirs = "zero-shot" if who[0] == "short" else "400 steps"
+            paper = dict(zip(PAPER_LENGTHS, PAPER.get(f"{theirs} {who[1]}", "").split()))
             if same_text and set(lengths) & set(paper):
-                print_row(f"    {PAPER_NAMES[who[0]]}", [paper.get(n, "") for n in lengths])
-            print_row("    whole keys", percents(found, lengths, "keys_right"))
-            results[name] = found
+                print_row(f"    the paper, {theirs}", [paper.get(n, "") for n in lengths])
     return results
 
 
@@ -338,18 +340,16 @@ def length(text):
 
 def listed(parse):
     """Make an argument type for values with commas between them."""
-    def values(text):
-        return sorted({parse(part) for part in text.split(",")})
-    return values
+    return lambda text: sorted({parse(part) for part in text.split(",")})
 
 
 def main():
     parser = Parser("Find a pass key in up to a million tokens: the paper's section 4.3, Table 3.")
     add = parser.add_argument
     add("--load", type=Path, nargs="+", metavar="FILE", help="only look, with these checkpoints")
-    add("--training", default="local,short,plain", help="ways of training, see passkey.py's top")
+    add("--training", default="local,short,plain,sharp", help="see WAYS")
     add("--rule", choices=["linear", "delta", "both"], default="both", help="rule of the memory")
-    add("--steps", type=whole(1), help="steps of each stage; without it 4800, for plain 1600")
+    add("--steps", type=whole(1), help="steps of each stage; without it 4000, then 1600")
     add("--seed", type=whole(0), default=0, help="of weights and training inputs")
     add("--resume", action="store_true", help="go on with trainings that were stopped")
     add("--lengths", type=listed(length), default="1K,32K,128K,256K,512K,1M", help="in tokens")
@@ -370,7 +370,7 @@ def main():
         raise ValueError(f"--csv was {path}, must be no checkpoint, in a folder that exists")
     jobs = [(rule, ways, args.seed, args.steps, args.out, args.device, args.resume)
             for rule in ["-"] * ("local" in ways) + (rules if args.rule == "both" else [args.rule])]
-    paths = args.load or sum(side_by_side(train_ways, jobs), [])
+    paths = args.load or [path for paths in side_by_side(train_ways, jobs) for path in paths]
     depths = [depth / 100 for depth in args.depths]
     results = table(paths, args.lengths, depths, args.keys, args.eval_seed, args.device, path)
     draw(results, args.lengths, depths, args.out / "passkey.png")

@@ -65,11 +65,9 @@ def draw_sequences(documents, batch, length, rng):
     places = [max(0, len(document) - length + 1) for document in documents]
     if not any(places):
         raise ValueError(f"--data was without a document of {length:,} bytes, must have one")
-    rows = []
-    for document in rng.choices(documents, places, k=batch):
-        first = rng.randrange(len(document) - length + 1)
-        rows.append(document[first:first + length])
-    return torch.stack(rows).long()
+    drawn = [(document, rng.randrange(len(document) - length + 1))
+             for document in rng.choices(documents, places, k=batch)]
+    return torch.stack([document[first:first + length] for document, first in drawn]).long()
 
 
 def validation_pieces(documents, length, most=100):
@@ -281,12 +279,13 @@ def interrupts():
 
 
 def side_by_side(function, jobs):
-    """Call function(*job) for each job, in one process per thread of PyTorch. Returns results."""
+    """Call function(*job) for each job, in one process per thread of PyTorch. Yields results."""
     workers, one_thread = min(len(jobs), torch.get_num_threads()), (torch.set_num_threads, (1,))
     if workers == 1:
-        return [function(*job) for job in jobs]
-    with interrupts(), ProcessPoolExecutor(workers, get_context("spawn"), *one_thread) as pool:
-        return list(pool.map(function, *zip(*jobs)))
+        yield from map(function, *zip(*jobs))
+    else:
+        with interrupts(), ProcessPoolExecutor(workers, get_context("spawn"), *one_thread) as pool:
+            yield from pool.map(function, *zip(*jobs))
 
 
 def write_checkpoint(path, content):

@@ -73,8 +73,8 @@ def main():
     length = train.LM["segments"] * N
     tokens = train.validation_pieces(train.read_documents(args.data)[1], 4 * length + 1)
     rest = args.steps, args.out, args.device, args.resume
-    paths = side_by_side(train_kind, [(args.data, kind, seed, *rest)
-                                      for kind in KINDS for seed in range(n)])
+    jobs = [(args.data, kind, seed, *rest) for kind in KINDS for seed in range(n)]
+    paths = [*side_by_side(train_kind, jobs)]
     print(f"\n{len(tokens)} held-out pieces of {length:,} bytes, {n} seeds, mean +- standard "
           f"deviation\n{'kind':8}{'bits per byte':>18}{'less than local':>18}{'perplexity':>12}"
           f"{'forgetful':>18}{'numbers kept':>14}{'Table 1':>10}", flush=True)

@@ -16,15 +16,16 @@ def plain(x):
     return short(int(x)) if x == int(x) else f"{x:g}"
 
 
-def draw_lines(curves, path, xlabel, ylabel, xscale="log"):
+def draw_lines(curves, path, xlabel, ylabel, xscale="log", yscale="linear"):
     """Draw curves into a PNG file, and write their points into a CSV file beside it.
     curves: {name: (x, y)}, two sequences of equally many numbers. A logarithmic x-axis has a tick
     at each point. Raises OSError if a file can't be written."""
     figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
     for i, (name, (x, y)) in enumerate(curves.items()):
         axis.plot(x, y, marker="os^Dv*PX"[i % 8], markersize=4, label=name)
-    axis.set(xlabel=xlabel, ylabel=ylabel, xscale=xscale)
-    axis.ticklabel_format(axis="y", useOffset=False)
+    axis.set(xlabel=xlabel, ylabel=ylabel, xscale=xscale, yscale=yscale)
+    if yscale == "linear":
+        axis.ticklabel_format(axis="y", useOffset=False)
     if xscale == "log":
         points = sorted({float(x) for xs, _ in curves.values() for x in xs})
         axis.set_xticks(points, [plain(x) for x in points])

@@ -65,9 +65,9 @@ def main():
     args = parser.parse_args()
     set_up(args.device, args.threads, args.out)
     rates = train.LM["gate_lr"], train.LM["lr"]
-    paths = side_by_side(train_gates, [
+    paths = [*side_by_side(train_gates, [
         (args.data, args.rule, rate, args.seed, args.steps, args.out, args.device, args.resume)
-        for rate in rates])
+        for rate in rates])]
     results, every = {}, math.ceil(args.steps / 100)    # train() notes the gates so often
     with open(args.out / "gates.csv", "w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)

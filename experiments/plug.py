@@ -65,9 +65,10 @@ def main():
     seeds, rest = range(args.seeds), (args.out, args.device, args.resume)
     length, steps = train.LM["segments"] * train.LM["segment_len"], max(1, args.steps // 10)
     tokens = train.validation_pieces(train.read_documents(args.data)[1], length + 1)
-    starts = side_by_side(train_local, [(args.data, seed, args.steps, *rest) for seed in seeds])
-    ends = side_by_side(go_on, [(args.data, starts[seed], kind, args.plug_gate, seed, steps, *rest)
-                                for kind in GOES_ON_AS for seed in seeds])
+    starts = [*side_by_side(train_local, [(args.data, seed, args.steps, *rest) for seed in seeds])]
+    jobs = [(args.data, starts[seed], kind, args.plug_gate, seed, steps, *rest)
+            for kind in GOES_ON_AS for seed in seeds]
+    ends = [*side_by_side(go_on, jobs)]
     print(f"\nbits per byte on {len(tokens)} held-out pieces of {length:,} bytes, {args.seeds} "
           f"seeds, mean +- standard deviation\n{'goes on as':12}{'at the start':>18}"
           f"{f'{steps} steps on':>18}{'less than local':>18}", flush=True)

@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import infini
 import passkey
 import train
-from experiments import bench, compare, curves, dilution, fast_forward, gates, plug, texts
-from infini import InfiniConfig, InfiniTransformer, stream
+from experiments import alternatives, bench, compare, curves, gates, plug, sharpness, texts
+from infini import InfiniConfig, InfiniTransformer
 from test_infini import KINDS, RULES, SMALL, make, o_sigma, same
 
 LM = dict(batch=2, segments=4, lr=4e-3, gate_lr=3e-2, n_layers=2, d_model=16, n_heads=2, d_key=4,
@@ -190,62 +190,106 @@ def test_plug_starts_where_local_ended_if_gates_are_closed(gate, small, folder, 
     assert ends.tolist() == [*range(3, 250, 3), 250]
     same(means[[0, -1]] * math.log(2), [1.0, 249.0], 1e-6)
 
-# --- fast_forward --------------------------------------------------------------------------------
-@pytest.mark.parametrize("rule", RULES)
-def test_fast_forward_leaves_the_memory_that_reading_all_of_the_hay_leaves(rule):
-    assert fast_forward.leaps(80) == [1, 2, 6, 18, 53] and fast_forward.leaps(0) == []
-    torch.manual_seed(0)
-    model, hay = InfiniTransformer(passkey.model_config(update=rule)), passkey.encode(passkey.HAY)
-    needles = [passkey.encode(passkey.NEEDLE.format(key)) for key in ("9054", "1177")]
-    with torch.no_grad():
-        _, start = model(torch.stack(needles))
-        _, read = stream(model, hay.repeat(4 * 300).expand(2, -1), start)
-        counted = fast_forward.fast_forward(model, start, 300, hay.repeat)
-        question = passkey.encode(passkey.QUESTION).expand(2, -1)
-        same(*(model(question, state)[0].softmax(-1) for state in (counted, read)), 2e-3)
-    for s, r, c in zip(start, read, counted):
-        assert (c.k - r.k).abs().max() < 1e-2 and c.k.shape == r.k.shape
-        assert (c.memory.z - r.memory.z).norm() < 1e-3 * r.memory.z.norm()
-        assert (c.memory.M - r.memory.M).norm() < 2e-3 * r.memory.M.norm()
-        assert (s.memory.M - r.memory.M).norm() > 0.9 * r.memory.M.norm()    # it is not nothing
-
-def test_fast_forward_goes_on_from_short_models_and_takes_turns_with_plain_steps(
-        tmp_path, monkeypatch, command):
-    used = []
-    for module, name in ((fast_forward, "fast_forward_loss"), (passkey, "plain_loss")):
-        monkeypatch.setattr(module, name, lambda model, rng, *_, name=name, **sizes: (
-            used.append((name, rng.random(), sizes)),
-            (model.head.weight.square().mean(), 1, {}))[1])
-    shorts = [save_model(tmp_path / f"{rule}.pt", seed=5, update=rule) for rule in RULES]
-    options = ["--keys", 2, "--lengths", "128,256", "--out", tmp_path, "--threads", 1]
-    code, out, _ = command(fast_forward.main, "--load", *shorts, "--steps", 2, *options)
-    kinds = [("plain_loss", dict(longest=1024, tokens_per_step=2048)), ("fast_forward_loss", {})]
-    assert code == 0 and used == [(name, random.Random(f"5 tuned/{step}").random(), sizes)
-                                  for _ in RULES for step, (name, sizes) in enumerate(kinds)]
-    settings = train.load_model(tmp_path / "passkey-fast-forward-delta-seed5.pt")[1]
-    start = sum(p.double().sum().item() for p in train.load_model(shorts[1])[0].parameters())
-    assert settings["starting_weights"] == round(start, 6) and settings["lr"] == 2e-3
-    assert len(rows_of(tmp_path / "fast-forward.csv")) == 1 + 2 * 2 * 3
-
-# --- dilution and texts --------------------------------------------------------------------------
-def test_dilution_is_the_needles_part_of_the_weights_of_all_tokens_in_the_memory():
+# --- sharpness, alternatives and texts -----------------------------------------------------------
+@pytest.mark.parametrize("factors", [(1, 1), (3, 1), (1, 3)])
+def test_sharpness_is_the_needles_part_of_the_weights_of_all_tokens_in_the_memory(factors):
     torch.manual_seed(0)
     model = InfiniTransformer(passkey.model_config(update="linear")).double()
+    for block in model.blocks:
+        block.attention.w_q.weight.data *= factors[0]
+        block.attention.w_k.weight.data *= factors[1]
     task = passkey.one_key("9054")
-    shares = dict(dilution.needle_shares(model, task, [300, 130]))
     first, n_needle = (len(passkey.encode(text)) for text in (passkey.INTRO, task.needle))
-    for n, share in shares.items():
+    for n in (130, 300):
+        shares = sharpness.needle_share(model, n)
         hay = passkey.write_hay("paper", passkey.paragraphs(n, task), None)
         text = passkey.write_input(task, hay, 0)[:-4]
         past, x = (len(text) - 1) // 32 * 32, model.embedding(text[None])    # whole segments
-        for block, heads in zip(model.blocks, share):
+        for block, heads in zip(model.blocks, shares, strict=True):
             q, k, _ = (y[0].detach().numpy() for y in block.attention.project(block.norm1(x)))
             sq, sk = np.apply_along_axis(o_sigma, -1, q[:, -1]), np.apply_along_axis(o_sigma, -1, k)
             weights = np.einsum("hd,htd->ht", sq, sk)
             needle = weights[:, first:first + n_needle]
             same(heads, needle.sum(1) / weights[:, :past].sum(1), 1e-9)
             x, _ = block(x, None)
-    assert list(shares) == [130, 300] and (shares[130] > shares[300]).all()
+
+def test_sharpness_looks_at_the_heads_that_find_the_key_alone_and_scales_w_q_and_w_k(
+        tmp_path, monkeypatch, command, figures):
+    paths = [save_model(tmp_path / f"{way}.pt", training=way, seed=1, update="linear")
+             for way in ("plain", "sharp")]
+    def written(model, given, n, temperature):    # of 80 digits 0, 72 or 80 are right
+        shut = model.gates() < 1e-6
+        answers = torch.stack([passkey.encode(key) for key in keys])
+        assert shut.sum() == 7 and given.shape[0] == 20 and given.shape[1] > 40 * 24
+        (layer, head), = (~shut).nonzero().tolist()
+        answers[:{(0, 1): 0, (1, 2): 2}.get((layer, head), 20)] = 0
+        return torch.cat([given, answers], 1)
+    def share(model, n):    # half the length is n weight q^2 k^3 s
+        q, k = (getattr(model.blocks[0].attention, name).weight.norm().item() / norms[name]
+                for name in ("w_q", "w_k"))
+        assert model.head.weight.dtype == torch.float64
+        weight = torch.full((2, 4), 1e9)    # that of heads that don't find the key
+        weight[0, 1], weight[1, 2] = 30, 10
+        odds = weight * q ** 2 * k ** 3 * infini.sigma(torch.tensor([-3.0])).double()
+        return odds / (1 + odds)
+    keys = passkey.draw_keys(random.Random("heads"), 20, 4, held_out=False)
+    attention = train.load_model(paths[0])[0].blocks[0].attention
+    norms = {name: getattr(attention, name).weight.norm().item() for name in ("w_q", "w_k")}
+    monkeypatch.setattr(infini, "generate", written)
+    monkeypatch.setattr(sharpness, "needle_share", share)
+    options = ["--lengths", "256,512", "--out", tmp_path, "--threads", 1]
+    code, out, _ = command(sharpness.main, "--load", *paths, *options)
+    rows = [[float(cell.replace(",", "")) for cell in line[24:].split()]
+            for line in out.splitlines()[2:]]
+    factors = np.array(sharpness.FACTORS)
+    half = 30 * 0.256 * np.exp(-3)
+    expected = [half * np.array([1, 2]), [half], [half * 0.05078125 / np.exp(-3)],
+                half * factors ** 2, half * factors ** 3, half * factors ** 5]
+    for row, values in zip(rows, [*expected, expected[0]], strict=True):
+        assert row == pytest.approx(values, rel=1e-3)
+    lines = figures[0].axes[0].lines
+    assert [line.get_label() for line in lines] == [
+        f"linear {what} times" for what in ("W_Q", "W_K", "both")]
+    for line, values in zip(lines, expected[3:], strict=True):
+        assert np.allclose(line.get_xydata().T, [factors, 1000 * values])
+    for path in (save_model(tmp_path / "a.pt", attention="local"), tmp_path / "none.pt"):
+        assert command(sharpness.main, "--load", path, *options)[0] == 2
+
+def test_alternatives_have_one_change_each_and_the_budget_of_plain(tmp_path, monkeypatch, command):
+    def listen(model, loss_of, steps, path, lr, gate_lr, resume, settings):
+        done.append((path.stem, model.config.d_key, steps, lr, gate_lr))
+        start = model.blocks[1].attention.w_k.weight.detach().clone()
+        for step in range(2):
+            loss_of(model, step)    # which calls seen()
+            expected = {"at-once": 4 * start + step, "own-rate": start + 5 * step}
+            same(weights.pop(), expected.get(path.stem[8:-12], start + step), 1e-4)
+            with torch.no_grad():
+                for w in model.parameters():
+                    w += 1    # what a step does
+        save_model(path, settings["training"], 3, update="delta", d_key=model.config.d_key)
+    def seen(model, *_):
+        weights.append(model.blocks[1].attention.w_k.weight.detach().clone())
+        hook = model.head.register_forward_hook(lambda head, given, out: weights.append(out))
+        out, _ = model(torch.tensor([[1, 2]]))
+        hook.remove()
+        divided.append((weights.pop() / out).mean().item())
+    done, weights, divided = [], [], []
+    monkeypatch.setattr(passkey, "train", listen)
+    monkeypatch.setattr(passkey, "plain_loss", seen)
+    start = save_model(tmp_path / "s.pt", seed=3, update="delta")
+    options = ["--lengths", 64, "--keys", 1, "--out", tmp_path, "--threads", 1]
+    code, out, err = command(alternatives.main, "--load", start, *options)
+    names = ["at-once", "own-rate", "temperature", "d_key=16", "d_key=64"]
+    assert code == 0 and re.findall(r"^(\S+) delta 3 ", out, re.M) == names
+    plain, short = passkey.WAYS["plain"], passkey.WAYS["short"]
+    stages = [*((name, 32, plain) for name in names[:3]), ("d_key=16-short", 16, short),
+              ("d_key=16", 16, plain), ("d_key=64-short", 64, short), ("d_key=64", 64, plain)]
+    assert done == [(f"passkey-{name}-delta-seed3", d_key, way[1], way[4], 2.5 * way[4])
+                    for name, d_key, way in stages]
+    assert divided == pytest.approx([1] * 4 + [3] * 2 + [1] * 8)
+    for path in (save_model(tmp_path / "a.pt", attention="local"), save_model(tmp_path / "b.pt",
+                                                                            "plain")):
+        assert command(alternatives.main, "--load", path, *options)[0] == 2
 
 def test_texts_differ_from_the_papers_in_one_thing_each(tmp_path, monkeypatch, command):
     path, asked = save_model(tmp_path / "a.pt", seed=2), []

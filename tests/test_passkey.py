@@ -1,8 +1,9 @@
 """The claims about passkey.py: the prompt, the ways of training, the evaluation and the table."""
 import random
 import re
+from copy import deepcopy
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
@@ -20,7 +21,8 @@ PARAGRAPH = " ".join(SENTENCES) + " "
 DIGITS = [passkey.TOKEN[digit] for digit in "0123456789"]
 
 def text_of(tokens):
-    return re.sub(r"(?<=\d) (?=\d)", "", passkey.decode(tokens))
+    text = " ".join(passkey.VOCABULARY[token] for token in tokens)
+    return re.sub(r"(?<=\d) (?=\d)| (?=[.?])", "", text)
 
 def new_model(kind="infini-delta", seed=0):
     torch.manual_seed(seed)
@@ -39,7 +41,7 @@ def test_the_prompt_is_the_papers_word_for_word():
             "memorize them. I will quiz you about the important information there. "
             + 2 * PARAGRAPH + "The pass key is 9054. Remember it. 9054 is the pass key. "
             + 3 * PARAGRAPH + "What is the pass key? The pass key is 9054")
-    tokens = write_input(one_key("9054"), write_hay("paper", 5, None), 2)
+    tokens = write_input(one_key("9054"), write_hay("paper", 5, None), 2 * 24)
     assert text_of(tokens) == text and torch.equal(encode(text), tokens)
     assert len(passkey.VOCABULARY) == 53 == len({*passkey.words(text), *"0123456789"})
     with pytest.raises(ValueError, match="'purple'"):
@@ -56,7 +58,8 @@ def test_the_prompt_is_the_papers_word_for_word():
 
 # --- Training ------------------------------------------------------------------------------------
 def shown(way, steps, seed=0, of=100):    # inputs, without the last digit, a target only
-    model = Mock(side_effect=lambda tokens: (torch.zeros(*tokens.shape, 53).requires_grad_(), None))
+    model = Mock(side_effect=lambda tokens: (torch.zeros(*tokens.shape, 53).requires_grad_(), None),
+                 blocks=[])
     model.embedding.weight.device = "cpu"
     for step in steps:
         _, n_tokens, _ = passkey.way_loss(way, seed, of)(model, step)
@@ -68,11 +71,11 @@ def keys_in(inputs):
     return [re.search(r"The pass key is (\d+)\.", text_of(row))[1] for row in inputs]
 
 def test_no_key_of_the_evaluation_is_ever_trained_on_and_a_quarter_of_the_steps_has_other_lengths():
-    steps = [keys_in(inputs) for way in passkey.WAYS for inputs in shown(way, range(66))]
+    steps = [keys_in(inputs) for way in passkey.WAYS for inputs in shown(way, range(50))]
     trained, lengths = sum(steps, []), [len(keys[0]) for keys in steps]
     assert set(lengths) == {3, 4, 5, 6} and 0.67 < lengths.count(4) / len(lengths) < 0.83
-    asked = {key for seed in range(20) for n in (3, 4, 5, 6)
-             for key in passkey.draw_keys(random.Random(seed), 500, n, held_out=True)}
+    asked = {key for seed in range(40) for n in (3, 4, 5, 6) for key in
+             passkey.draw_keys(random.Random(seed), 50 if n == 3 else 300, n, held_out=True)}
     held_out = {key for key in asked if len(key) == 4}
     assert not set(trained) & asked and 900 < len(held_out) < 1100    # one in ten
     same_digit = [np.mean([len(set(key)) < 4 for key in keys if len(key) == 4])
@@ -85,32 +88,50 @@ def test_keys_depths_and_hay_differ_from_step_to_step_and_seed_to_seed_and_repea
              for step, seed in ((41, 0), (43, 0), (41, 1), (1, 41))]
     keys = [set(keys_in(inputs)) for inputs in drawn]
     assert sum(map(len, keys)) == len(set.union(*keys)) and len(keys[0]) > 3
-    assert torch.equal(drawn[0], next(shown("short", [41])))
-    rows = [row for inputs in shown("short", range(40, 140)) for row in inputs]
-    pure = [text_of(row).count(PARAGRAPH.strip()) > len(row) // 24 - 4
-            for row in rows if len(row) > 170]
-    assert 0.4 < np.mean(pure) < 0.6    # half of the hay is shuffled sentences or random words
+    for ways in (("local", "short", "short"), ("plain", "sharp")):    # one difference only
+        assert len({next(shown(way, [41])).numpy().tobytes() for way in ways}) == 1
+    for way, most in (("short", 0.5), ("plain", 0.25)):    # of the hay is the paper's paragraph
+        rows = [row for inputs in shown(way, range(50, 150)) for row in inputs if len(row) > 140]
+        pure = [text_of(row).count(PARAGRAPH.strip()) > len(row) // 24 - 6 for row in rows]
+        assert np.mean(pure) == pytest.approx(most, abs=0.1)
     for row in rows[:100]:    # each digit of an answer is told the right ones before it
         needle, again, answer = re.findall(r"\d+", text_of(row))
         assert needle == again == answer + needle[-1]
 
-@pytest.mark.parametrize("way, longest, n", [("short", 256, 300), ("plain", 5000, 99)])
-def test_inputs_are_as_long_as_asked_and_a_quarter_of_needles_at_the_end(way, longest, n):
-    places, lengths = [], []
+@pytest.mark.parametrize("way, longest, tokens, n", [("short", 256, 1024, 300),
+                                                     ("sharp", 5000, 2048, 200)])
+def test_inputs_are_as_long_as_asked_with_needles_anywhere_and_half_at_the_end(
+        way, longest, tokens, n):
+    places, lengths, starts = [], [], []
     for inputs in shown(way, range(n), of=n):
         lengths.append(inputs.shape[1] + 1)
         empty = write_input(one_key("0" * len(keys_in(inputs)[0])), encode(""), 0).tolist()
-        assert 0.5 < inputs.numel() / max(1024, longest) < 1.1
-        assert (lengths[-1] - len(empty)) % 24 == 0
-        for row in inputs.tolist() if lengths[-1] > 180 else []:
+        assert lengths[-1] <= longest    # 64 are not enough for six digits
+        assert abs(len(inputs) - max(1, tokens // lengths[-1])) <= 2 * (lengths[-1] < 80)
+        for row in inputs.tolist() if lengths[-1] > 140 else []:
             first = next(i for i, token in enumerate(row) if token in DIGITS)
             places.append((first - empty.index(DIGITS[0])) / (lengths[-1] - len(empty)))
-    grown = lengths if way == "plain" else lengths[90:]    # they grow where a way has no start
-    assert max(lengths[:20]) > 1000 if way == "plain" else max(lengths[:20]) < 110
-    assert 0.9 * longest < max(grown) <= min(5120, longest + 24 + 6) and min(grown) < 90
+            starts.append(first % 32)
+    grown = lengths if way == "sharp" else lengths[90:]    # they grow where a way has no start
+    assert max(lengths[:20]) > 1000 if way == "sharp" else max(lengths[:20]) < 90
+    assert 0.9 * longest < max(grown) and min(grown) < 90
     assert np.median(grown) == pytest.approx((64 * longest) ** 0.5, rel=0.3)    # log-uniform
     shares = np.histogram(places, [0, 0.25, 0.5, 0.75, 1, 1.1])[0] / len(places)
-    assert shares.sum() == pytest.approx(1) and shares[:3].min() > 0.1 and 0.2 < shares[4] < 0.45
+    assert shares.sum() == pytest.approx(1) and shares[:3].min() > 0.08 and 0.45 < shares[4] < 0.58
+    assert len(set(starts)) == 32    # at every place in a segment
+
+def test_w_q_and_w_k_grow_threefold_in_the_first_half_of_sharp_and_else_in_no_way():
+    for way, factor in (("local", 1), ("short", 1), ("plain", 1), ("sharp", 3)):
+        model = new_model("local" if way == "local" else "infini-linear")
+        before, loss_of = deepcopy(model.state_dict()), passkey.way_loss(way, 0, 10)
+        with patch("passkey.plain_loss"):
+            for step in range(10):
+                loss_of(model, step)
+                grown = factor ** (min(step + 1, 5) / 5)
+                for name, weights in model.state_dict().items():
+                    scale = grown if "w_q" in name or "w_k" in name else 1
+                    assert torch.allclose(weights, scale * before[name], rtol=1e-5)
+    assert "blocks.1.attention.w_q.weight" in before
 
 def test_only_the_digits_of_the_answer_count_in_the_loss():
     logits = torch.randn(2, 70, 53, generator=torch.Generator().manual_seed(0)).requires_grad_()
@@ -132,17 +153,19 @@ def test_each_way_is_trained_as_the_docstring_says(tmp_path, monkeypatch):
     monkeypatch.setattr(passkey, "train", listen)
     done, starts = [], []
     paths = [path.stem for rule, ways, steps in (
-        ("-", ["local", "short"], None), ("linear", [*passkey.WAYS], None), ("delta", ["plain"], 3))
+        ("-", ["local", "short"], None), ("linear", [*passkey.WAYS], None), ("delta", ["sharp"], 3))
         for path in passkey.train_ways(rule, ways, 5, steps, tmp_path, "cpu", True)]
     assert paths == [f"passkey-{name}-seed5" for name in (
-        "local", "short-linear", "plain-linear", "plain-delta")]
+        "local", "short-linear", "plain-linear", "sharp-linear", "sharp-delta")]
     assert done == [
-        ("local", "delta", 4800, 4e-3, 1e-2, True), ("infini", "linear", 4800, 4e-3, 1e-2, True),
-        ("infini", "linear", 1600, 2e-3, 1e-2, True), ("infini", "delta", 3, 4e-3, 1e-2, True),
-        ("infini", "delta", 3, 2e-3, 1e-2, True)]
-    fresh, ways = new_model(seed=5), ["local", "short", "plain", "short", "plain"]
+        ("local", "delta", 4000, 4e-3, 1e-2, True), ("infini", "linear", 4000, 4e-3, 1e-2, True),
+        ("infini", "linear", 1600, 1e-3, 2.5e-3, True),
+        ("infini", "linear", 1600, 1e-3, 2.5e-3, True), ("infini", "delta", 3, 4e-3, 1e-2, True),
+        ("infini", "delta", 3, 1e-3, 2.5e-3, True)]
+    fresh, ways = new_model(seed=5), ["local", "short", "plain", "sharp", "short", "sharp"]
     for way, (start, settings) in zip(ways, starts, strict=True):
-        assert torch.equal(start, fresh.head.weight + (way == "plain"))    # where "short" ended
+        on = way in ("plain", "sharp")    # where "short" ended
+        assert torch.equal(start, fresh.head.weight + on)
         assert settings == dict(training=way, seed=5, digits=4)
     assert sum(p.numel() for p in fresh.parameters()) // 1000 == 138
 
@@ -165,17 +188,17 @@ def test_the_answers_are_those_of_one_call_on_each_whole_input(kind, hay, monkey
         before = round(f.depth * n)
         text = torch.cat([write_hay(hay, before, random.Random("before")),
                           write_hay(hay, n - before, random.Random("behind"))])
-        inputs = torch.stack([write_input(task, text, before)[:-4] for task in tasks])
+        inputs = torch.stack([write_input(task, text, 24 * before)[:-4] for task in tasks])
         assert torch.equal(answer, generate(model, inputs, 4, temperature=0)[:, -4:]), f
 
 def test_the_papers_numbers_beside_ours_are_those_of_its_table_3():
     rows = {who: np.array([cell.split("/") for cell in cells.split()], int).T.tolist()
             for who, cells in passkey.PAPER.items()}    # start, middle, end; at 32K ... 1M
     assert rows == {
-        ("short", "linear"): [[14, 11, 6, 6, 8], [13, 14, 3, 7, 6], [98, 100, 100, 99, 98]],
-        ("short", "delta"): [[13, 6, 7, 6, 7], [11, 9, 5, 8, 6], [99, 99, 99, 97, 97]],
-        ("plain", "linear"): [[100, 100, 100, 97, 96], [100, 100, 100, 99, 94], [100] * 5],
-        ("plain", "delta"): [[100] * 5, [100] * 5, [100, 99, 99, 100, 100]]}
+        "zero-shot linear": [[14, 11, 6, 6, 8], [13, 14, 3, 7, 6], [98, 100, 100, 99, 98]],
+        "zero-shot delta": [[13, 6, 7, 6, 7], [11, 9, 5, 8, 6], [99, 99, 99, 97, 97]],
+        "400 steps linear": [[100, 100, 100, 97, 96], [100, 100, 100, 99, 94], [100] * 5],
+        "400 steps delta": [[100] * 5, [100] * 5, [100, 99, 99, 100, 100]]}
     lengths = [passkey.length(n) for n in ("32K", "128K", "256K", "512K", "1M")]
     assert passkey.PAPER_LENGTHS == lengths == [2 ** n for n in (15, 17, 18, 19, 20)]
 
@@ -197,8 +220,7 @@ def test_the_table_has_our_digits_the_papers_and_whole_keys(tmp_path, asked, com
     assert code == 0 and "4 keys (2 above 32K)" in title and "0%/50%/100% of hay" in title
     rows = {"training, rule, seed": ["2K", "32K", "512K", "1M"],
             "short delta 7": ["14/19/24", "11/16/21", "12/17/22", "14/19/24"],
-            "    the paper, zero-shot": ["", "13/11/99", "6/8/97", "7/6/97"],
-            "    whole keys": ["2/4/5"] * 4}
+            "    the paper, zero-shot": ["", "13/11/99", "6/8/97", "7/6/97"]}
     ends = [0] + [header.index(f" {n}") + 1 + len(n) for n in rows["training, rule, seed"]]
     for line, (name, row) in zip([header, *lines], rows.items(), strict=True):
         assert line.startswith(name)
@@ -209,9 +231,9 @@ def test_the_table_has_our_digits_the_papers_and_whole_keys(tmp_path, asked, com
     assert rows[:2] == ["training,rule,seed,tokens,depth,digits_right,keys_right",
                         "short,delta,7,32768,0.0,0.11,0.02"] and len(rows) == 13
     code, out, _ = command(*args, "--lengths", "32K,1M", "--depths", "30,0,100,50")
-    *_, title, header, ours, keys = out.splitlines()
+    *_, title, header, ours = out.splitlines()
     assert "the worst of 4" in title and ours.split()[3:] == ["11", "14"]
-    assert keys.split()[2:] == ["2", "2"] and asked[-1][2] == [0, 0.3, 0.5, 1]
+    assert asked[-1][2] == [0, 0.3, 0.5, 1]
 
 def test_keys_are_held_out_and_as_many_and_as_long_as_asked_for(tmp_path, asked, command):
     args = [passkey.main, "--load", save(tmp_path / "a"), save(tmp_path / "b", digits=6, seed=8)]
@@ -223,13 +245,15 @@ def test_keys_are_held_out_and_as_many_and_as_long_as_asked_for(tmp_path, asked,
     assert default == again and [len(some) for some in default + other] == [20, 20, 9, 9]
     assert [{len(key) for key in some} for some in default] == [{4}, {6}]
     assert not set(default[0]) & set(other[0]) and all(map(passkey.is_held_out, default[0]))
+    many, = {*map(tuple, keys("--keys", 500)[:1])}
+    assert len(set(many)) == 500    # none is asked for twice
 
 def test_the_heat_map_shows_each_share_at_its_depth_and_length(tmp_path, monkeypatch):
     figures, depths, lengths = [], [0, 0.3, 1], [1024, 100]
     monkeypatch.setattr(passkey.plt, "close", figures.append)
     share = {(n, d): (n % 7 + d * 50) / 100 for n in lengths for d in depths}
     found = [Found(n, d, x, 0.0) for (n, d), x in share.items()]
-    passkey.draw({"a": found, "b": found}, lengths, depths, tmp_path / "a.png")
+    passkey.draw([("a", found), ("a", found)], lengths, depths, tmp_path / "a.png")
     (first, second, *_), image = figures[0].axes, figures[0].axes[0].images[0]
     assert [tick.get_text() for tick in second.get_xticklabels()] == ["1K", "100"]
     assert [tick.get_text() for tick in first.get_yticklabels()] == ["0%", "30%", "100%"]
@@ -257,7 +281,7 @@ def test_the_models_in_assets_find_keys_that_they_have_never_seen(tmp_path, comm
     paths = [Path(passkey.__file__).with_name("assets") / f"passkey-{rule}.pt" for rule in RULES]
     assert [train.load_model(path)[0].config.update for path in paths] == RULES
     code, out, _ = command(passkey.main, "--load", *paths, "--out", tmp_path, "--lengths", "300,1K")
-    assert code == 0 and out.count("100/100/100") == 8 and all(f" {rule} " in out for rule in RULES)
+    assert code == 0 and out.count("100/100/100") == 4 and all(f" {rule} " in out for rule in RULES)
 
 def test_two_rules_trained_side_by_side_are_those_trained_one_after_the_other(
         tmp_path, command, monkeypatch):
