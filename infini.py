@@ -38,7 +38,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-
 @dataclass(frozen=True)
 class InfiniConfig:
     """Holds the sizes and the kind of a model. Raises ValueError if a field makes no sense."""
@@ -63,12 +62,10 @@ class InfiniConfig:
     def __post_init__(self):
         check_config(self)       # see the end of this file
 
-
 # --- Background: three layers of one shape, (input, state) -> (output, state) --------------------
 def rnn(x, h, w_x, w_h):
     """Carry the past in one vector, Eq. 1. x: (B, d_in), h: (B, d_h). Returns the next h."""
     return torch.tanh(x @ w_x + h @ w_h)
-
 
 def mnm_read(theta, q):
     """Run the memory network forward. theta: list of weight matrices, q: (..., d_key)."""
@@ -76,20 +73,17 @@ def mnm_read(theta, q):
         q = torch.tanh(q @ w)
     return q @ theta[-1]
 
-
 def mnm_write(theta, k, v, lr=1.0):
     """Store a key and its value by a gradient step on 1/2 |v - mnm_read(theta, k)|^2. Returns the
     new theta. With a single matrix M it is M + lr k^T (v - k M), the delta rule."""
     gradients = torch.func.grad(lambda theta: 0.5 * (v - mnm_read(theta, k)).square().sum())(theta)
     return [w - lr * g for w, g in zip(theta, gradients)]
 
-
 def mnm(x, h, theta, w_x, w_h, w_q, w_k, w_v, lr=1.0):
     """Carry the past in the weights of a small network, Eq. 2. Returns the next h and theta.
     x: (B, d_in), h: (B, d_h), w_q, w_k: (d_h, d_key), w_v: (d_h, d_h). All rows share one theta."""
     h = rnn(x, h, w_x, w_h)
     return h + mnm_read(theta, h @ w_q), mnm_write(theta, h @ w_k, h @ w_v, lr)
-
 
 def local_attention(q, k, v, causal=True):
     """Attend inside the segment, Eq. 6. With `causal` no token sees a later one.
@@ -102,11 +96,9 @@ def local_attention(q, k, v, causal=True):
         scores += q.new_full((T, L), -math.inf).triu(L - T + 1)      # hide the future
     return scores.softmax(-1) @ v
 
-
 def attention(x, w_q, w_k, w_v):
     """Attend to one segment and carry nothing, Eq. 3. x: (B, N, d_model), w_*: (d_model, d)."""
     return local_attention(x @ w_q, x @ w_k, x @ w_v)
-
 
 # --- The memory ----------------------------------------------------------------------------------
 class Memory(NamedTuple):
@@ -120,12 +112,10 @@ class Memory(NamedTuple):
         M = torch.zeros(batch, n_heads, d_key, d_value, dtype=dtype, device=device)
         return Memory(M, M.new_zeros(batch, n_heads, d_key))
 
-
 def at_least_float32(x):
     """Widen half precision. Departure: the paper does not give the memory's precision. M and z are
     long sums. In half precision they overflow or stop counting after a few segments."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
 
 def sigma(x):
     """Compute ELU(x) + 1 (section 3.1.2), which is 1 + x above zero and e^x below.
@@ -135,12 +125,10 @@ def sigma(x):
     positive = x.relu()
     return (x - positive).exp() + positive    # backward is 3 times faster than with x.clamp(max=0)
 
-
 def full_precision(x):
     """Switch autocast off, which would multiply M and z in half precision."""
     known = torch.amp.is_autocast_available(x.device.type)
     return torch.autocast(x.device.type if known else "cpu", enabled=False)
-
 
 def normaliser(sx, z):
     """Compute sigma(x) z, by which a read is divided. sx: (..., T, d_key). Returns (..., T, 1).
@@ -149,7 +137,6 @@ def normaliser(sx, z):
     norm = (sx * z.unsqueeze(-2)).sum(-1, keepdim=True)    # = sx @ z, but faster for small sizes
     return torch.where(norm > 1e-30, norm, 1.0)
 
-
 def retrieve(q, memory):
     """Read the memory, Eq. 7. The read is a mean of all values, weighted by sigma(q) sigma(k)^T.
     q: (..., T, d_key), without position embeddings (section 4.1). Returns (..., T, d_value)."""
@@ -157,13 +144,11 @@ def retrieve(q, memory):
     with full_precision(sq):
         return sq @ memory.M / normaliser(sq, memory.z)
 
-
 def update_linear(memory, k, v):
     """Write a segment, Eq. 8 (Linear). k: (..., N, d_key), v: (..., N, d_value). Returns Memory."""
     sk = sigma(k)
     with full_precision(sk):
         return Memory(memory.M + sk.mT @ v.to(sk.dtype), memory.z + sk.sum(-2))
-
 
 def update_delta(memory, k, v):
     """Write only the part of each value that the memory lacks, Eq. 9 (Linear + Delta).
@@ -173,7 +158,6 @@ def update_delta(memory, k, v):
     return update_linear(memory, k, v - retrieve(k, memory))
 
 UPDATE = {"linear": update_linear, "delta": update_delta}
-
 
 # --- The layer -----------------------------------------------------------------------------------
 def rotary(x, positions, base):
@@ -185,12 +169,10 @@ def rotary(x, positions, base):
     cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
     return x * cos + x.roll(half, -1) * sin                          # roll: the halves swapped
 
-
 def inject(beta, a_mem, a_dot):
     """Mix past and present by one gate per head, Eq. 10. beta: (H,), a_*: (..., H, T, d_value)."""
     gate = torch.sigmoid(beta).view(-1, 1, 1)
     return gate * a_mem.to(a_dot.dtype) + (1 - gate) * a_dot
-
 
 class State(NamedTuple):
     """Holds all that a layer keeps between two calls. It is a value, and no call changes it.
@@ -202,7 +184,6 @@ class State(NamedTuple):
 
     def append(self, k, v):
         return torch.cat([self.k.to(k.dtype), k], 2), torch.cat([self.v.to(v.dtype), v], 2)
-
 
 class InfiniAttention(nn.Module):
     """Attends to the segment and reads all earlier segments from a memory of fixed size."""
@@ -280,7 +261,6 @@ class InfiniAttention(nn.Module):
         a = torch.cat(outputs, 2)                                    # (B, H, T, d_value)
         return self.w_o(a.transpose(1, 2).flatten(2)), state         # heads side by side
 
-
 # --- The model -----------------------------------------------------------------------------------
 class Block(nn.Module):
     """Applies attention, then a feed-forward network, each with a norm and a residual."""
@@ -297,7 +277,6 @@ class Block(nn.Module):
         o, state = self.attention(self.norm1(x), state)
         x = x + o
         return x + self.down(F.gelu(self.up(self.norm2(x)))), state
-
 
 class InfiniTransformer(nn.Module):
     """Predicts the next token by `n_layers` blocks between an embedding and an output head."""
@@ -339,7 +318,6 @@ class InfiniTransformer(nn.Module):
         require(self.config.attention == "infini", "attention", self.config.attention, "infini")
         return torch.stack([block.attention.beta.detach() for block in self.blocks]).sigmoid()
 
-
 def inject_memory(model, update="delta", gate_init=0.0):
     """Give a trained model with attention="local" a memory (section 4.3, plug and play).
     Returns a new model with a copy of every weight. New are only the betas, which start at
@@ -349,11 +327,12 @@ def inject_memory(model, update="delta", gate_init=0.0):
     config = replace(model.config, attention="infini", update=update, gate_init=gate_init,
                      gate_spread=0.0)
     new = InfiniTransformer(config).to(model.embedding.weight)
-    missing, unknown = new.load_state_dict(model.state_dict(), strict=False)
-    wrong = unknown + [name for name in missing if not name.endswith("attention.beta")]
+    old, sizes = model.state_dict(), {name: w.shape for name, w in new.state_dict().items()}
+    wrong = [name for name in {**old, **sizes} if not name.endswith("attention.beta")
+             and (name not in old or old[name].shape != sizes.get(name))]
     require(not wrong, "weights of the model", f"other in {wrong[:3]}", "those of its config")
+    new.load_state_dict(old, strict=False)
     return new.train(model.training)
-
 
 # --- Streaming -----------------------------------------------------------------------------------
 @torch.no_grad()
@@ -365,7 +344,6 @@ def stream(model, tokens, state=None, chunk_len=2048):
     for piece in tokens.split(chunk_len, 1):
         logits, state = model(piece, state)
     return logits[:, -1], state
-
 
 @torch.no_grad()
 def generate(model, prompt, max_new_tokens, temperature=1.0, top_p=1.0, generator=None,
@@ -380,9 +358,11 @@ def generate(model, prompt, max_new_tokens, temperature=1.0, top_p=1.0, generato
     require_number("top_p", top_p, 0)
     require(0 < top_p <= 1, "top_p", top_p, "above 0 and at most 1")
     require(model.config.causal, "causal", False, "True, as an encoder has no next token")
+    check_tokens(model, prompt, state)
     tokens = [prompt]
     for _ in range(max_new_tokens):
         logits, state = stream(model, tokens[-1], state)
+        require(logits.isfinite().all(), "model with logits", "inf or nan", "one of finite numbers")
         if temperature == 0:
             token = logits.argmax(-1, keepdim=True)                  # (B, 1)
         else:
@@ -395,20 +375,17 @@ def generate(model, prompt, max_new_tokens, temperature=1.0, top_p=1.0, generato
             on_token(token[:, 0])
     return torch.cat(tokens, 1)
 
-
 # --- Baselines: the same layer without this memory -----------------------------------------------
 class Previous(NamedTuple):
     """Holds keys and values of the segment before, all that Transformer-XL remembers."""
     k: torch.Tensor    # (B, H, N, d_key)
     v: torch.Tensor    # (B, H, N, d_value)
 
-
 def fused_attention(q, k, v, causal):
     """Compute local_attention by PyTorch's kernel, which never stores the T x L scores."""
     T, L = q.shape[-2], k.shape[-2]
     mask = None if T == L else torch.ones(T, L, dtype=torch.bool, device=q.device).tril(L - T)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal and T == L)
-
 
 def baseline_segment(layer, q, k, v, state):
     """Do what `segment` does, but "local" carries nothing to the next segment, "xl" carries keys
@@ -421,7 +398,6 @@ def baseline_segment(layer, q, k, v, state):
         return a, State(before, k, v)
     return a, layer.empty_state(q, Previous(k.detach(), v.detach()) if kind == "xl" else None)
 
-
 # --- At once: the parallel form, equal to `segment` after `segment` ------------------------------
 def segments_at_once(layer, q, k, v, state):
     """Read S complete segments in one go. q, k, v: (B, H, S N, d). Returns as `segment`."""
@@ -432,7 +408,6 @@ def segments_at_once(layer, q, k, v, state):
         a = inject(layer.beta, retrieve(q, Memory(M[:, :-1], z[:, :-1])), a)
         memory = Memory(M[:, -1].clone(), z[:, -1].clone())          # copies, not views of all
     return a.transpose(1, 2).flatten(2, 3), layer.empty_state(q, memory)
-
 
 def scan(memory, k, v, update):
     """Compute the memory before each of S segments and after the last, all at once.
@@ -451,13 +426,11 @@ def scan(memory, k, v, update):
             M.append(M[-1] - erase_s @ M[-1] + write_s)
         return Memory(torch.stack(M, 1), z)
 
-
 # --- What is refused -----------------------------------------------------------------------------
 def require(ok, name, was, must):
     """Refuse bad input in one line with the argument's name, its value and what it must be."""
     if not ok:
         raise ValueError(f"{name} was {was}, must be {must}")
-
 
 def require_number(name, value, low=-sys.float_info.max, whole=False):
     """Refuse what is not a finite number of at least `low`. NumPy's numbers are numbers."""
@@ -465,7 +438,6 @@ def require_number(name, value, low=-sys.float_info.max, whole=False):
     plain = value.item() if hasattr(value, "item") else value
     must = f"a {'whole' if whole else 'finite'} number" + f" of at least {low}" * (low >= 0)
     require(number and low <= plain <= sys.float_info.max, name, repr(value), must)
-
 
 def check_config(config):
     words = {"update": ("linear", "delta"), "attention": ("infini", "local", "xl", "full"),
@@ -480,7 +452,6 @@ def check_config(config):
             require(type(value) is kind and value in must, name, repr(value), f"one of {must}")
     require(config.d_key % 2 == 0, "d_key", config.d_key, "even (RoPE turns pairs of features)")
     require(config.rope_base > 0, "rope_base", config.rope_base, "positive")
-
 
 def check_input(layer, x, state):
     c, shape = layer.config, tuple(x.shape)
@@ -500,7 +471,6 @@ def check_input(layer, x, state):
     L = state.k.shape[2]
     require(L < layer.N, "state with open tokens", L, f"below segment_len = {c.segment_len}")
     require(c.causal or L == 0, "state with open tokens", L, "0 at a call with causal=False")
-
 
 def check_tokens(model, tokens, state):
     c, device = model.config, model.embedding.weight.device

@@ -9,13 +9,14 @@ Departure: the paper trains on its own prompt only. Here half of the hay or more
 some keys have 3, 5 or 6 digits. A model that sees one paragraph only learns to ignore that one."""
 import csv
 import math
+import os
 import random
 import re
+import sys
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 
@@ -40,24 +41,20 @@ PAPER = {    # Table 3 at these lengths: digits right in %, key at the start/mid
     "400 steps linear": "100/100/100 100/100/100 100/100/100 97/99/100 96/94/100",
     "400 steps delta": "100/100/100 100/100/99 100/100/99 100/100/100 100/100/100"}
 
-
 def model_config(**other):
     """Return the model's sizes: 138,000 parameters, and segments of 32 tokens."""
     return InfiniConfig(**{**dict(
         vocab_size=len(VOCABULARY), d_model=64, n_layers=2, n_heads=4, d_key=32, d_value=32,
         d_ff=256, segment_len=32, rope_base=50.0, gate_init=-2.0), **other})
 
-
 # --- The prompt ----------------------------------------------------------------------------------
 def words(text):
     return re.findall(r"\d|\w+|[^\w\s]", text)
-
 
 VOCABULARY = sorted(set(words("0123456789" + INTRO + HAY + NEEDLE + QUESTION)) - {"{", "}"})
 TOKEN = {word: i for i, word in enumerate(VOCABULARY)}
 WORDS = [word for word in VOCABULARY if not word.isdigit()]
 PARAGRAPH = len(words(HAY))    # 24 tokens
-
 
 @lru_cache(4096)
 def encode(text):
@@ -66,7 +63,6 @@ def encode(text):
     if unknown:
         raise ValueError(f"word was {unknown[0]!r}, must be one of the prompt's {len(TOKEN)}")
     return torch.tensor([TOKEN[word] for word in words(text)], dtype=torch.long)
-
 
 def write_hay(kind, n, rng):
     """Write n paragraphs, (24 n,) ids: the "paper"'s, its sentences "shuffled", or its "words"."""
@@ -77,34 +73,28 @@ def write_hay(kind, n, rng):
     sentences = [encode(s) for s in re.findall(r"\w[^.]+\.", HAY)]
     return torch.cat([s for _ in range(n) for s in rng.sample(sentences, 5)] or [encode("")])
 
-
 class Task(NamedTuple):
     """Holds what is hidden in the hay, what is asked at the end, and the answer, all as text."""
     needle: str
     question: str
     answer: str
 
-
 def one_key(key, needle=NEEDLE):
     """Make the task to find one key. The needle may also hold {1}, the key backwards."""
     return Task(needle.format(key, key[::-1]), QUESTION, key)
-
 
 def write_input(task, hay, before):
     """Write an input and its answer, (T,) ids, with the needle after `before` tokens of hay."""
     return torch.cat([encode(INTRO), hay[:before], encode(task.needle), hay[before:],
                       encode(task.question), encode(task.answer)])
 
-
 def paragraphs(n_tokens, task):
     """Return how many paragraphs of hay make an input of at least n_tokens, with its answer."""
     return max(0, math.ceil((n_tokens - len(write_input(task, encode(""), 0))) / PARAGRAPH))
 
-
 def is_held_out(key):
     """Tell whether a key is kept for the evaluation. One in ten is, chosen by a hash of it."""
     return int(key) * 2_654_435_761 % 2 ** 32 % 1000 < 100
-
 
 def draw_keys(rng, n, digits, held_out):
     """Draw n keys for evaluation (held out) or training. A training key has at most five different
@@ -117,13 +107,11 @@ def draw_keys(rng, n, digits, held_out):
             keys.append(key)
     return keys
 
-
 # --- Training ------------------------------------------------------------------------------------
 def draw_hay(rng, n, kinds):
     """Draw n tokens of hay from anywhere in it, so that needles stand anywhere in a segment."""
     start = rng.randrange(PARAGRAPH)
     return write_hay(rng.choice(kinds), math.ceil(n / PARAGRAPH) + 1, rng)[start:start + n]
-
 
 def answer_loss(logits, tasks):
     """Compute the cross entropy of the answers' digits, the last tokens, and the share right."""
@@ -131,7 +119,6 @@ def answer_loss(logits, tasks):
     logits = logits[:, -digits.shape[1]:]                            # (B, digits, vocabulary)
     right = (logits.argmax(-1) == digits).float().mean().item()
     return F.cross_entropy(logits.flatten(0, 1), digits.flatten()), {"digits right": right}
-
 
 def plain_loss(model, rng, longest, tokens_per_step, kinds):
     """Compute the loss on inputs of one random length, log-uniform up to `longest` tokens. Half of
@@ -147,7 +134,6 @@ def plain_loss(model, rng, longest, tokens_per_step, kinds):
     loss, shown = answer_loss(model(inputs[:, :-1])[0], tasks)
     return loss, inputs.numel(), shown
 
-
 @torch.no_grad()
 def sharpen(model, factor):
     """Multiply W_Q and W_K. Below zero sigma is e^x, so twice the weights square the little that
@@ -155,7 +141,6 @@ def sharpen(model, factor):
     for block in model.blocks:
         block.attention.w_q.weight *= factor
         block.attention.w_k.weight *= factor
-
 
 def way_loss(way, seed, steps):
     """Make a way's loss_of(model, step). Without a start, inputs grow for 30% of the steps. In the
@@ -170,18 +155,15 @@ def way_loss(way, seed, steps):
                           SHORTEST * (longest / SHORTEST) ** grown, tokens_per_step, kinds)
     return loss_of
 
-
-def train_one(way, rule, seed, loss_of, steps, lr, out, start=None, device="cpu", resume=False,
-              **sizes):
+def train_one(way, rule, seed, loss_of, steps, lr, out, start=None, device="cpu", resume=False):
     """Train a model, from the checkpoint `start` or from nothing. Returns its checkpoint's path."""
     torch.manual_seed(seed)
-    kind = dict(sizes, **dict(attention="local") if rule == "-" else dict(update=rule))
+    kind = dict(attention="local") if rule == "-" else dict(update=rule)
     model = load_model(start)[0] if start else InfiniTransformer(model_config(**kind))
     path = Path(out, "-".join(["passkey", way, *[rule] * (rule != "-"), f"seed{seed}.pt"]))
     train(model.to(device), loss_of, steps, path, lr, 2.5 * lr, resume=resume,
           settings=dict(training=way, seed=seed, digits=DIGITS))
     return path
-
 
 def train_ways(rule, ways, seed, steps, out, device, resume):
     """Train those of the ways that fit the rule; "-" is local's. Returns the checkpoints' paths."""
@@ -194,7 +176,6 @@ def train_ways(rule, ways, seed, steps, out, device, resume):
                                    device, resume)
     return [path for way, path in paths.items() if way in ways]
 
-
 # --- Evaluation ----------------------------------------------------------------------------------
 def copies(state, n):
     """Repeat each document's state n times."""
@@ -202,14 +183,12 @@ def copies(state, n):
         return [part.repeat_interleave(n, 0) for part in parts]
     return [State(s.memory and type(s.memory)(*repeat(s.memory)), *repeat(s[1:])) for s in state]
 
-
 class Found(NamedTuple):
     """Holds the accuracy at one length and depth, as shares."""
     tokens: int
     depth: float
     digits_right: float
     keys_right: float
-
 
 def evaluate(model, tasks, lengths, depths, hay="paper"):
     """Hide each needle in inputs of at least n tokens, n in `lengths`, at each depth, and ask.
@@ -245,18 +224,24 @@ def evaluate(model, tasks, lengths, depths, hay="paper"):
         right = (written[:, questions.shape[1]:] == answers).float()
         for n, depth in cells[before, after]:
             yield Found(n, depth, right.mean().item(), right.amin(1).mean().item())
-    progress.close()
-
+    progress.show(progress.total, 0)
 
 # --- Table and picture ---------------------------------------------------------------------------
 def short(n):
     """Write 32768 as 32K."""
     return f"{n >> 20}M" if n % 2 ** 20 == 0 else f"{n >> 10}K" if n % 2 ** 10 == 0 else f"{n:,}"
 
-
 def print_row(name, cells):
     print(f"{name:24}" + "".join(f"{cell:>12}" for cell in cells), flush=True)
 
+def new_figure(**options):
+    """Make a figure that needs no display."""
+    try:
+        from matplotlib.figure import Figure
+    except ValueError:    # $MPLBACKEND names none, but none is needed
+        del os.environ["MPLBACKEND"]
+        from matplotlib.figure import Figure
+    return Figure(layout="constrained", **options)
 
 def heat_map(axis, grid, high, text, x, y):
     """Draw a grid of numbers from 0 to `high` as colours and text. Returns the image."""
@@ -268,11 +253,10 @@ def heat_map(axis, grid, high, text, x, y):
     axis.set(xticks=range(len(x)), xticklabels=x, yticks=range(len(y)), yticklabels=y)
     return image
 
-
 def draw(results, lengths, depths, path):
     """Draw a heat map for each model, depth by length. results: (name, Founds) of each."""
-    figure, axes = plt.subplots(len(results), figsize=(6.4, 0.8 + 2.4 * len(results)),
-                                squeeze=False, sharex=True, layout="constrained")
+    figure = new_figure(figsize=(6.4, 0.8 + 2.4 * len(results)))
+    axes = figure.subplots(len(results), squeeze=False, sharex=True)
     for axis, (name, found) in zip(axes.flat, results):
         share = {(f.tokens, f.depth): 100 * f.digits_right for f in found}
         image = heat_map(axis, [[share[n, d] for n in lengths] for d in depths], 100, "{:.0f}",
@@ -281,17 +265,14 @@ def draw(results, lengths, depths, path):
     axis.set_xlabel("length of the input (tokens)")
     figure.colorbar(image, ax=axes, label="digits right (%)")
     figure.savefig(path, dpi=150)
-    plt.close(figure)
-
 
 def load_for_table(path, device="cpu"):
     """Load a pass-key model. Returns it, its way of training, rule and seed, and its digits."""
     model, settings = load_model(path, device)
-    if not {"training", "seed", "digits"} <= set(settings):
+    if not {"training", "seed"} <= {*settings} or settings.get("digits") not in (4, 5, 6):
         raise ValueError(f"{path} was of another task, must be a checkpoint of passkey.py")
     rule = model.config.update if model.config.attention == "infini" else "-"
     return model, (settings["training"], rule, settings["seed"]), settings["digits"]
-
 
 def look(path, lengths, depths, n_keys, eval_seed, device, needle, hay, digits):
     """Look for keys with one model, for half of them beyond 32K tokens. Returns who, Founds."""
@@ -301,7 +282,6 @@ def look(path, lengths, depths, n_keys, eval_seed, device, needle, hay, digits):
     tasks = [one_key(key, needle) for key in keys]
     return who, [*evaluate(model, tasks, [n for n in lengths if n <= limit], depths, hay),
                  *evaluate(model, tasks[::2], [n for n in lengths if n > limit], depths, hay)]
-
 
 def table(paths, lengths, depths, n_keys, eval_seed, device, csv_path, needle=NEEDLE, hay="paper",
           digits=None):
@@ -315,14 +295,16 @@ def table(paths, lengths, depths, n_keys, eval_seed, device, csv_path, needle=NE
     print_row("training, rule, seed", [short(n) for n in lengths])
     with open(csv_path, "w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
-        rows.writerow(["training", "rule", "seed", *Found._fields])
-        for who, found in side_by_side(look, jobs):
-            rows.writerows([*who, *cell] for cell in found)
+        rows.writerow(["training", "rule", "seed", *Found._fields, "model"])
+        for path, (who, found) in zip(paths, side_by_side(look, jobs)):
+            rows.writerows([*who, *cell, path] for cell in found)
             file.flush()
-            results.append((" ".join(map(str, who)), found))
+            name = " ".join(map(str, who))
+            name += f" ({len(results) + 1})" * any(name == other for other, _ in results)
+            results.append((name, found))
             right = [[f"{100 * f.digits_right:.0f}" for f in found if f.tokens == n]
                      for n in lengths]
-            print_row(results[-1][0], ["/".join(r) if len(r) < 4 else min(r, key=int)
+            print_row(name, ["/".join(r) if len(r) < 4 else min(r, key=int)
                                        for r in right])
             theirs = "zero-shot" if who[0] == "short" else "400 steps"
             paper = dict(zip(PAPER_LENGTHS, PAPER.get(f"{theirs} {who[1]}", "").split()))
@@ -330,18 +312,15 @@ def table(paths, lengths, depths, n_keys, eval_seed, device, csv_path, needle=NE
                 print_row(f"    the paper, {theirs}", [paper.get(n, "") for n in lengths])
     return results
 
-
 # --- The command ---------------------------------------------------------------------------------
 def length(text):
     """Read 32K as 32768."""
     unit = {"K": 2 ** 10, "M": 2 ** 20}.get(text[-1:].upper(), 1)
     return unit * whole(math.ceil(64 / unit), 2 ** 26 // unit)(text if unit == 1 else text[:-1])
 
-
 def listed(parse):
     """Make an argument type for values with commas between them."""
     return lambda text: sorted({parse(part) for part in text.split(",")})
-
 
 def main():
     parser = Parser("Find a pass key in up to a million tokens: the paper's section 4.3, Table 3.")
@@ -366,15 +345,20 @@ def main():
         parser.error(f"argument --training: was {args.training!r}, must be of {','.join(WAYS)}")
     set_up(args.device, args.threads, args.out)
     path = args.csv or args.out / "passkey.csv"
-    if path.is_dir() or not path.parent.is_dir() or path.suffix == ".pt":
-        raise ValueError(f"--csv was {path}, must be no checkpoint, in a folder that exists")
+    if path.suffix != ".csv" or path.is_dir() or not os.access(path.parent, os.W_OK) or (
+            path.resolve() in map(Path.resolve, args.load or [])):
+        raise ValueError(f"--csv was {path}, must be a file of its own that ends in .csv, in a "
+                         "folder that is there")
+    ignored = {"--training", "--rule", "--steps", "--seed", "--resume"} & {
+        word.split("=")[0] for word in sys.argv}
+    if args.load and ignored:
+        parser.error(f"argument {min(ignored)}: not with --load, which trains nothing")
     jobs = [(rule, ways, args.seed, args.steps, args.out, args.device, args.resume)
             for rule in ["-"] * ("local" in ways) + (rules if args.rule == "both" else [args.rule])]
     paths = args.load or [path for paths in side_by_side(train_ways, jobs) for path in paths]
     depths = [depth / 100 for depth in args.depths]
     results = table(paths, args.lengths, depths, args.keys, args.eval_seed, args.device, path)
     draw(results, args.lengths, depths, args.out / "passkey.png")
-
 
 if __name__ == "__main__":
     run_command(main)

@@ -2,8 +2,8 @@
 
     python -m experiments.alternatives --load out/passkey-short-*-seed0.pt
 
-Each goes on from a short model as `plain` does, with one change. The last two begin with a short
-model of their own. Their half lengths are measured by experiments.sharpness."""
+Each goes on from a short model as `plain` does, with one change. The half lengths of the models
+that it leaves are measured by experiments.sharpness."""
 if not __package__:
     raise SystemExit("run it from the project's folder: python -m experiments.alternatives")
 
@@ -14,8 +14,7 @@ import torch
 import passkey
 from train import Parser, run_command, set_up, side_by_side, whole
 
-CHANGES = ["at-once", "own-rate", "temperature", "d_key=16", "d_key=64"]
-
+CHANGES = ["at-once", "own-rate", "temperature"]
 
 def changed_loss(change, seed, steps):
     """Make the loss_of(model, step) of `plain` with one change. at-once: W_Q and W_K are multiplied
@@ -39,24 +38,17 @@ def changed_loss(change, seed, steps):
             hook.remove()
     return loss_of
 
-
 def train_change(change, start, rule, seed, steps, out):
     """Train a model with a change. Returns its checkpoint's path."""
-    if "=" in change:
-        _, default, _, _, lr, _ = passkey.WAYS["short"]
-        loss_of = passkey.way_loss("short", seed, steps or default)
-        start = passkey.train_one(f"{change}-short", rule, seed, loss_of, steps or default, lr, out,
-                                  d_key=int(change.split("=")[1]))
     _, default, _, _, lr, _ = passkey.WAYS["plain"]
-    return passkey.train_one(change, rule, seed, changed_loss(change, seed, steps or default),
-                             steps or default, lr, out, start)
-
+    n = steps or default
+    return passkey.train_one(change, rule, seed, changed_loss(change, seed, n), n, lr, out, start)
 
 def main():
     parser = Parser("Train for the pass key in ways that are not ours, and look for keys.")
     add = parser.add_argument
     add("--load", type=Path, nargs="+", required=True, metavar="FILE", help="short models")
-    add("--steps", type=whole(1), help="steps of each stage; without it those of passkey.py")
+    add("--steps", type=whole(1), help="steps of training; without it those of plain")
     add("--lengths", type=passkey.listed(passkey.length), default="1K,32K,128K", help="in tokens")
     add("--keys", type=whole(1, 500), default=20, help="keys per cell")
     add("--out", type=Path, default=Path("out"), metavar="FOLDER", help="for all files")
@@ -71,7 +63,6 @@ def main():
         jobs += [(change, path, rule, seed, args.steps, args.out) for change in CHANGES]
     paths = [*side_by_side(train_change, jobs)]
     passkey.table(paths, args.lengths, [0], args.keys, 1234, "cpu", args.out / "alternatives.csv")
-
 
 if __name__ == "__main__":
     run_command(main)

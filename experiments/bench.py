@@ -36,7 +36,6 @@ SIZES = dict(rows=((16, 64), (9, 112), (4, 256)),    # (batch, tokens) of small 
              paper_tokens=16384, parallel_tokens=8192, full_tokens=2 ** 15, matrix=4096, repeats=5,
              near=2 ** 15, far=2 ** 20, early=100, late=10 ** 5, new_tokens=320, segments=64)
 
-
 # --- Time ----------------------------------------------------------------------------------------
 def medians(repeats, *actions):
     """Time each action several times, in turns, so that whatever else the machine does slows all
@@ -49,12 +48,10 @@ def medians(repeats, *actions):
             times.append(time.perf_counter() - start)
     return [sorted(times)[len(times) // 2] for times in seconds]
 
-
 def random_tokens(batch, length):
     """Draw (batch, length) tokens of the small model, the same ones in every call."""
     same = torch.Generator().manual_seed(0)
     return torch.randint(model_config().vocab_size, (batch, length), generator=same)
-
 
 def model_step(rows, **config):
     """Make a function that trains a small model on each (batch, tokens) in rows as train() does."""
@@ -66,7 +63,6 @@ def model_step(rows, **config):
             logits = model(tokens[:, :-1])[0].flatten(0, 1)
             take_step(model, optimizer, F.cross_entropy(logits, tokens[:, 1:].flatten()))
     return step
-
 
 def layer_step(length, **config):
     """Make a function that runs a paper layer forward and backward. Returns it and the number of
@@ -80,7 +76,6 @@ def layer_step(length, **config):
         layer(x)[0].sum().backward()
     return step, 3 * 2 * length * per_token
 
-
 # --- Space ---------------------------------------------------------------------------------------
 def peak_memory():
     """Return the most memory that this process has used so far, in MB, or nan on Windows."""
@@ -90,12 +85,10 @@ def peak_memory():
         usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else math.nan
         return usage / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
 
-
 def streaming_peak(length):
     """Return the MB that a process needs to read `length` tokens."""
     stream(InfiniTransformer(model_config()), random_tokens(1, length))
     return peak_memory()
-
 
 def training_peak(checkpoint, segments):
     """Return the MB that a training step on 16 x `segments` segments adds to what is needed."""
@@ -104,12 +97,10 @@ def training_peak(checkpoint, segments):
     model_step([(16, segments * model_config().segment_len)], checkpoint=checkpoint)()
     return peak_memory() - before
 
-
 def in_new_process(function, *args):
     """Call a function in a process of its own, whose peak nothing else has raised."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
-
 
 # --- The rows ------------------------------------------------------------------------------------
 def measurements(b):
@@ -149,13 +140,11 @@ def measurements(b):
     full, infini = medians(3, partial(stream, full, text, None, n), partial(stream, model, text))
     yield f"forward, small, {n:,} tokens, full / infini", full, infini, "s"
 
-
 def processor():
     """Return the processor's name, as far as the system tells it."""
     info = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
     return found[1] if found else platform.processor() or platform.machine()
-
 
 def main():
     parser = Parser("Measure time and memory beside attention without memory, on the CPU.")
@@ -174,7 +163,6 @@ def main():
             print(f"{what:78}{first:10.4g} / {second:<9.4g} {unit:9}{ratio:7.3g}", flush=True)
             rows.writerow([what, first, second, unit, ratio])
             file.flush()
-
 
 if __name__ == "__main__":
     run_command(main)

@@ -14,7 +14,6 @@ from experiments.curves import draw_lines, mean_and_deviation
 from infini import stream
 from train import KINDS, Parser, bits, run_command, set_up, side_by_side, whole
 
-
 def context_memory(config, length):
     """Compute how many numbers a model keeps of `length` tokens, whole segments (Table 1)."""
     key, value = config.d_key, config.d_value
@@ -22,28 +21,23 @@ def context_memory(config, length):
                 "full": (key + value) * length, "local": 0}[config.attention]
     return per_head * config.n_heads * config.n_layers
 
-
 def numbers_in(state):
     """Count the numbers that a state, a list with a State per layer, really holds."""
     return sum(part.numel() for s in state for part in (*(s.memory or ()), s.k, s.v))
 
-
 def bits_by_segment(model, tokens):
     """Compute the bits per byte of each segment, (S,), as means over pieces (n, S N + 1)."""
     return bits(model, tokens).unflatten(1, (-1, model.config.segment_len)).mean((0, 2))
-
 
 def by_position(cost):
     """Average the costs of segments 1, 2, 3-4, 5-8, ... of (S,). Returns the ends and means."""
     ends = sorted({2 ** i for i in range(32) if 2 ** i < len(cost)} | {len(cost)})
     return ends, [cost[first:end].mean().item() for first, end in zip([0, *ends], ends)]
 
-
 def train_kind(data, kind, seed, steps, out, device, resume):
     """Train one model, maybe in a process of its own. Returns its checkpoint's path."""
     return train.train_lm(kind, seed, train.read_documents(data)[0], out, steps, device=device,
                           resume=resume, **train.LM)[1]
-
 
 def evaluate(path, tokens, length, device):
     """Score a checkpoint on pieces (n, 4 length + 1). Returns the bits per byte of each segment,
@@ -55,7 +49,6 @@ def evaluate(path, tokens, length, device):
     forgot = bits(model, trained, forget=True).mean() if config.attention == "infini" else None
     counted = numbers_in(stream(model, tokens[:1, :length].to(device))[1])
     return cost, forgot, (counted, context_memory(config, length))
-
 
 def main():
     parser = Parser("Compare five kinds of attention on the same text: our Table 2.")
@@ -94,7 +87,6 @@ def main():
                   f"{without:>18}{counted:14,}{formula:10,}", flush=True)
             curves[kind] = by_position(torch.stack(costs).mean(0))
     draw_lines(curves, args.out / "context.png", f"segment of {N} bytes", "bits per byte")
-
 
 if __name__ == "__main__":
     run_command(main)

@@ -6,21 +6,18 @@ if not __package__:
 import csv
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-
-from passkey import short
-
+from passkey import new_figure, short
 
 def plain(x):
     """Write a number as 0.5, 32 or 32K, and never as a power."""
     return short(int(x)) if x == int(x) else f"{x:g}"
 
-
 def draw_lines(curves, path, xlabel, ylabel, xscale="log", yscale="linear"):
     """Draw curves into a PNG file, and write their points into a CSV file beside it.
     curves: {name: (x, y)}, two sequences of equally many numbers. A logarithmic x-axis has a tick
     at each point. Raises OSError if a file can't be written."""
-    figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    figure = new_figure(figsize=(6.4, 4))
+    axis = figure.subplots()
     for i, (name, (x, y)) in enumerate(curves.items()):
         axis.plot(x, y, marker="os^Dv*PX"[i % 8], markersize=4, label=name)
     axis.set(xlabel=xlabel, ylabel=ylabel, xscale=xscale, yscale=yscale)
@@ -33,13 +30,11 @@ def draw_lines(curves, path, xlabel, ylabel, xscale="log", yscale="linear"):
     axis.grid(alpha=0.3)
     axis.legend(fontsize=9)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
     with open(Path(path).with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(["curve", xlabel, ylabel])
         for name, points in curves.items():
             rows.writerows([name, float(x), float(y)] for x, y in zip(*points))
-
 
 def mean_and_deviation(values):
     """Write the mean of a tensor (seeds,) and its standard deviation, if there are several."""

@@ -10,14 +10,11 @@ import csv
 import math
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-
 import train
-from passkey import heat_map
+from passkey import heat_map, new_figure
 from train import Parser, run_command, set_up, side_by_side, whole
 
 STYLES = [("C1", "--"), ("C0", "-"), ("C2", ":"), ("C3", "-.")]    # of layers 1, 2, 3, 4
-
 
 def train_gates(data, rule, gate_lr, seed, steps, out, device, resume):
     """Train one model, maybe in a process of its own. Returns its checkpoint's path."""
@@ -25,12 +22,11 @@ def train_gates(data, rule, gate_lr, seed, steps, out, device, resume):
     return train.train_lm(rule, seed, train.read_documents(data)[0], out, steps, device=device,
                           resume=resume, **settings)[1]
 
-
 def draw(results, path):
     """Draw where the gates end, and below it how they got there, a column per learning rate.
     results: {rate: ({step: (n_layers, n_heads) gates}, the last gates)}."""
-    figure, axes = plt.subplots(2, len(results), figsize=(9, 6), squeeze=False,
-                                layout="constrained")
+    figure = new_figure(figsize=(9, 6))
+    axes = figure.subplots(2, len(results), squeeze=False)
     for (ends, ways), (rate, (history, last)) in zip(axes.T, results.items()):
         n_layers, n_heads = last.shape
         image = heat_map(ends, last.tolist(), 1, "{:.2f}", range(1, n_heads + 1),
@@ -48,8 +44,6 @@ def draw(results, path):
         ways.legend()
     figure.colorbar(image, ax=axes[0], label="sigmoid(beta)")
     figure.savefig(path, dpi=150)
-    plt.close(figure)
-
 
 def main():
     parser = Parser("Show where the gates end and how they get there: our Figure 3.")
@@ -84,7 +78,6 @@ def main():
                            for layer, heads in enumerate(gates.tolist())
                            for head, gate in enumerate(heads))
     draw(results, args.out / "gates.png")
-
 
 if __name__ == "__main__":
     run_command(main)

@@ -19,18 +19,15 @@ from train import Parser, bits, number, run_command, set_up, side_by_side, whole
 
 GOES_ON_AS = ["local", "linear", "delta"]
 
-
 def train_local(data, seed, steps, out, device, resume):
     """Train a model without memory, maybe in a process of its own. Returns its path."""
     return train.train_lm("local", seed, train.read_documents(data)[0], out, steps, device=device,
                           resume=resume, **train.LM)[1]
 
-
 def plug_in(path, kind, gate, device):
     """Load the model in `path`, and give it a memory with betas of `gate`, unless kind is local."""
     model, _ = train.load_model(path, device)
     return model if kind == "local" else inject_memory(model, kind, gate)
-
 
 def go_on(data, path, kind, gate, seed, steps, out, device, resume):
     """Train the model in `path` further, with a memory or without. Returns the new path.
@@ -40,14 +37,12 @@ def go_on(data, path, kind, gate, seed, steps, out, device, resume):
                           model=plug_in(path, kind, gate, device), device=device, resume=resume,
                           **settings)[1]
 
-
 def means(losses, n=100):
     """Average the losses of all steps, in nats, over some n stretches of equally many steps.
     Returns the last step of each stretch and its mean in bits."""
     stretches = losses.split(math.ceil(len(losses) / n))
     ends = torch.tensor([len(stretch) for stretch in stretches]).cumsum(0)
     return ends, torch.stack([stretch.mean() for stretch in stretches]) / math.log(2)
-
 
 def main():
     parser = Parser("Give a trained model a memory (section 4.3), and train a little further.")
@@ -86,7 +81,6 @@ def main():
         curves[kind] = means(torch.stack(losses).mean(0))
     draw_lines(curves, args.out / "plug.png", "step after the memory was plugged in",
                "training loss (bits per byte)", xscale="linear")
-
 
 if __name__ == "__main__":
     run_command(main)

@@ -23,7 +23,6 @@ from train import Parser, run_command, set_up, side_by_side
 
 FACTORS = [1, 1.25, 1.5, 2, 2.5, 3, 4]
 
-
 @torch.no_grad()
 def needle_share(model, n, q=1, k=1):
     """Compute the share of the needle, at the start of n tokens, in what the question's last token
@@ -44,7 +43,6 @@ def needle_share(model, n, q=1, k=1):
     return torch.cat([infini.retrieve(queries, infini.Memory(sk[..., None], s.memory.z))[..., 0, 0]
                       for (queries, _, _), sk, s in zip(seen.values(), needle, state)])
 
-
 @torch.no_grad()
 def heads_that_find(model):
     """Return (layers, heads) of the gates that keep the digits right with all others shut."""
@@ -58,7 +56,6 @@ def heads_that_find(model):
         written = infini.generate(alone, inputs[:, :-DIGITS], DIGITS, temperature=0)
         right[layer, head] = (written == inputs)[:, -DIGITS:].float().mean().item()
     return tuple(zip(*(at for at in right if right[at] > max(right.values()) - 0.1)))
-
 
 def measure(path, lengths):
     """Measure half lengths. For a plain model, also those with sigma in other precisions, and with
@@ -74,7 +71,6 @@ def measure(path, lengths):
     for name, which in (("W_Q", "q"), ("W_K", "k"), ("both", "qk")) if way == "plain" else ():
         rows[f"{rule} {name} times"] = [half(**dict.fromkeys(which, x)) for x in FACTORS]
     return rows
-
 
 def main():
     parser = Parser("Measure how long a text may be before the hay outweighs the key.")
@@ -94,7 +90,6 @@ def main():
     draw_lines({name: (FACTORS, torch.tensor(rows).log().mean(0).exp())    # a mean over seeds
                 for name, rows in curves.items() if "times" in name},
                args.out / "sharpness.png", "factor", "half length (tokens)", "linear", "log")
-
 
 if __name__ == "__main__":
     run_command(main)

@@ -18,7 +18,6 @@ TEXTS = {    # what it is, needle, hay, digits of a key if not as in training
     "6-digits": ("keys of six digits", NEEDLE, "paper", 6),
     "decoy": ("a second number behind the key", f"{NEEDLE} {HAY} {DECOY}", "paper", None)}
 
-
 def main():
     parser = Parser("Look for pass keys in other texts than the paper's.")
     add = parser.add_argument
@@ -37,7 +36,6 @@ def main():
         print(f"\n{name}: {what}", end="", flush=True)
         table(args.load, args.lengths, depths, args.keys, args.eval_seed, "cpu",
               args.out / f"texts-{name}.csv", needle, hay, digits)
-
 
 if __name__ == "__main__":
     run_command(main)
