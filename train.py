@@ -109,10 +109,9 @@ def make_optimizer(model, lr, gate_lr, weight_decay=0.0):
     gates, matrices, rest = [], [], []
     for name, p in model.named_parameters():
         (gates if "beta" in name.split(".") else matrices if p.dim() > 1 else rest).append(p)
-    groups = [dict(params=matrices, peak=lr, weight_decay=weight_decay),
-              dict(params=rest, peak=lr, weight_decay=0.0),
-              dict(params=gates, peak=gate_lr, weight_decay=0.0)]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.98))
+    groups = [dict(params=params, peak=peak, weight_decay=decay) for params, peak, decay in (
+        (matrices, lr, weight_decay), (rest, lr, 0.0), (gates, gate_lr, 0.0)) if params]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
 
 def schedule(step, steps, warmup, final=0.1):
     """Return the share of the peak rate: a linear warm-up, then half a cosine down to `final`."""
@@ -218,8 +217,7 @@ def sample_command(load, prompt, bytes, temperature, top_p, seed, device):
     """Continue a text with a trained language model. Each byte is shown at once."""
     model, _ = load_model(load, device)
     if model.config.vocab_size != 256 or not prompt:
-        raise ValueError(f"--load was {load} and --prompt {prompt!r}, must be a language model of "
-                         "bytes and a text to continue")
+        raise ValueError(f"--load was {load}, --prompt {prompt!r}, must be a byte model, some text")
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     with suppress(AttributeError):    # for terminals that can't show every character
         sys.stdout.reconfigure(errors="replace")
@@ -306,11 +304,11 @@ def read_checkpoint(path):
     try:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         weights, config, settings, losses, gates, state = (content[name] for name in names)
-        model, c = InfiniTransformer(InfiniConfig(**config)), InfiniConfig(**config)
+        model = InfiniTransformer(InfiniConfig(**config))
         model.load_state_dict(weights)
-        optimizer = make_optimizer(model, 0.0, 0.0)
-        optimizer.load_state_dict(state or optimizer.state_dict())
-        moments = [(m, p) for p, of_p in optimizer.state.items() for m in [*of_p.values()][1:]]
+        optimizer, c = make_optimizer(model, 0.0, 0.0), model.config
+        optimizer.load_state_dict(optimizer.state_dict() if state is None else state)
+        moments = [(s[m], p) for p, s in optimizer.state.items() for m in ("exp_avg", "exp_avg_sq")]
         if not (all(x.is_floating_point() and x.isfinite().all()
                     for x in [*weights.values(), losses, gates, *(m for m, _ in moments)])
                 and all(m.shape == p.shape for m, p in moments)

@@ -3,7 +3,7 @@
     python -m experiments.sharpness --load out/passkey-*.pt
 
 The memory returns a mean of all values, weighted by sigma(q) sigma(k)^T. Each token of hay has some
-weight, however small. At the half length, all hay together weighs as much as the needle."""
+weight, however small. The half length is how much hay weighs as much as the needle."""
 if not __package__:
     raise SystemExit("run it from the project's folder: python -m experiments.sharpness")
 
@@ -18,15 +18,16 @@ import torch.nn.functional as F
 import infini
 import passkey
 from experiments.curves import draw_lines
-from passkey import DIGITS, HAY, encode, one_key
+from passkey import DIGITS, HAY, NEEDLE, encode, one_key
 from train import Parser, run_command, set_up, side_by_side
 
 FACTORS = [1, 1.25, 1.5, 2, 2.5, 3, 4]
 
 @torch.no_grad()
-def needle_share(model, n, q=1, k=1):
-    """Compute the share of the needle, at the start of n tokens, in what the question's last token
-    reads, with W_Q times q and W_K times k, in float64. Returns one per layer and head."""
+def half_lengths(model, n, q=1, k=1):
+    """Compute how many tokens of hay weigh as much as the needle in sigma(q) z, for the question's
+    last token, with W_Q times q and W_K times k, in float64. The weight of hay is a mean over some
+    n tokens of it, without the first four paragraphs. Returns one number per layer and head."""
     model, seen = deepcopy(model).double(), {}    # seen: layer -> q, k, v of what was read last
     for block in model.blocks:
         block.attention.w_q.weight *= q
@@ -34,14 +35,16 @@ def needle_share(model, n, q=1, k=1):
         block.attention.register_forward_pre_hook(lambda m, x: seen.update({m: m.project(x[0])}))
     def read(text, state=None):
         return infini.stream(model, text[None], state)[1]
-    task, question = one_key("9054"), encode(passkey.QUESTION)
-    state = read(encode(task.needle), read(encode(passkey.INTRO)))
+    hay, question = encode(HAY).repeat(4), encode(passkey.QUESTION)    # 3 segments of 32 tokens
+    state = read(encode(NEEDLE.format("9054")), read(encode(passkey.INTRO)))
     needle = [infini.sigma(keys).sum(2) for _, keys, _ in seen.values()]
-    hay = encode(HAY).repeat(passkey.paragraphs(n, task))
-    state = read(torch.cat([hay, question[:-1]]), state)
-    read(question[-1:], state)
-    return torch.cat([infini.retrieve(queries, infini.Memory(sk[..., None], s.memory.z))[..., 0, 0]
-                      for (queries, _, _), sk, s in zip(seen.values(), needle, state)])
+    before = read(hay, state)
+    hay = hay.repeat(n // len(hay) - 1)
+    after = read(hay, before)
+    read(question[-1:], read(question[:-1], after))
+    asked = [infini.sigma(queries)[:, :, 0] for queries, _, _ in seen.values()]
+    return torch.cat([len(hay) * (sq * sk).sum(-1) / (sq * (a.memory.z - b.memory.z)).sum(-1)
+                      for sq, sk, a, b in zip(asked, needle, after, before)])
 
 @torch.no_grad()
 def heads_that_find(model):
@@ -62,8 +65,7 @@ def measure(path, lengths):
     weights times each factor, at the first length. Returns {name: half lengths}."""
     model, (way, rule, seed), _ = passkey.load_for_table(path)
     def half(n=lengths[0], heads=heads_that_find(model), **factors):
-        share = needle_share(model, n, **factors)[heads].max().item()
-        return n * share / max(1 - share, 1e-16)
+        return half_lengths(model, n, **factors)[heads].max().item()
     rows = {f"{way} {rule} {seed}": [half(n) for n in lengths]}
     for dtype in (torch.float32, torch.bfloat16) if way == "plain" else ():
         with patch("infini.sigma", lambda x, to=dtype: (F.elu(x.to(to)) + 1).double()):

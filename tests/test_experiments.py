@@ -197,25 +197,25 @@ def test_plug_starts_where_local_ended_if_gates_are_closed(gate, small, folder, 
 
 # --- sharpness, alternatives and texts -----------------------------------------------------------
 @pytest.mark.parametrize("factors", [{}, dict(q=3), dict(k=3)])
-def test_sharpness_is_the_needles_part_of_the_weights_of_all_tokens_in_the_memory(factors):
+def test_sharpness_weighs_the_needle_against_a_token_of_hay(factors):
     torch.manual_seed(0)
     model = InfiniTransformer(passkey.model_config(update="linear"))
-    before, task = copy.deepcopy(model).double(), passkey.one_key("9054")
-    for block in before.blocks:
+    scaled, task = copy.deepcopy(model).double(), passkey.one_key("9054")
+    for block in scaled.blocks:
         block.attention.w_q.weight.data *= factors.get("q", 1)
         block.attention.w_k.weight.data *= factors.get("k", 1)
     first, n_needle = (len(passkey.encode(text)) for text in (passkey.INTRO, task.needle))
-    for n in (130, 300):
-        hay = passkey.write_hay("paper", passkey.paragraphs(n, task), None)
-        text = passkey.write_input(task, hay, 0)[:-4]
-        past, x = (len(text) - 1) // 32 * 32, before.embedding(text[None])    # whole segments
-        for block, heads in zip(before.blocks, sharpness.needle_share(model, n, **factors),
-                                strict=True):
+    for n in (200, 400):
+        text = passkey.write_input(task, passkey.write_hay("paper", n // 96 * 4, None), 0)[:-4]
+        start = (first + n_needle + 96) // 32 * 32    # of the hay that counts
+        last, x = start + (n // 96 - 1) * 96, scaled.embedding(text[None])
+        halves = sharpness.half_lengths(model, n, **factors)
+        for block, heads in zip(scaled.blocks, halves, strict=True):
             q, k, _ = (y[0].detach().numpy() for y in block.attention.project(block.norm1(x)))
             sq, sk = np.apply_along_axis(o_sigma, -1, q[:, -1]), np.apply_along_axis(o_sigma, -1, k)
             weights = np.einsum("hd,htd->ht", sq, sk)
-            needle = weights[:, first:first + n_needle]
-            same(heads, needle.sum(1) / weights[:, :past].sum(1), 1e-9)
+            needle, hay = weights[:, first:first + n_needle], weights[:, start:last]
+            same(heads, needle.sum(1) / hay.mean(1), 1e-9)
             x, _ = block(x, None)
 
 def test_sharpness_looks_at_the_heads_that_find_the_key_alone_and_scales_w_q_and_w_k(
@@ -227,13 +227,13 @@ def test_sharpness_looks_at_the_heads_that_find_the_key_alone_and_scales_w_q_and
         answers = torch.stack([passkey.encode(key) for key in keys])
         answers[:{(0, 1): 0, (1, 2): 2}.get((layer, head), 20)] = 0
         return torch.cat([given, answers], 1)
-    def share(model, n, q=1, k=1):    # the half length is n weight q^2 k^3 sigma(-3)
-        weight = torch.full((2, 4), 1e9)    # that of heads that don't find the key
-        weight[0, 1], weight[1, 2] = 30, 10
-        return 1 - 1 / (1 + weight * q ** 2 * k ** 3 * infini.sigma(torch.tensor([-3.0])).double())
+    def half_lengths(model, n, q=1, k=1):
+        tokens = torch.full((2, 4), 1e9)    # of heads that don't find the key
+        tokens[0, 1], tokens[1, 2] = 30 * n, 10 * n
+        return tokens * q ** 2 * k ** 3 * infini.sigma(torch.tensor([-3.0])).double()
     keys = passkey.draw_keys(random.Random("heads"), 20, 4, held_out=False)
     monkeypatch.setattr(infini, "generate", written)
-    monkeypatch.setattr(sharpness, "needle_share", share)
+    monkeypatch.setattr(sharpness, "half_lengths", half_lengths)
     options = ["--lengths", "256,512", "--out", tmp_path]
     code, out, _ = command(sharpness.main, "--load", *models, *options)
     rows = [[float(cell.replace(",", "")) for cell in line[24:].split()]

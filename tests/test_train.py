@@ -150,17 +150,29 @@ def test_a_broken_harmful_or_other_checkpoint_is_refused_in_one_line(folder, com
     code, _, err = command(*args, "--resume")
     assert code == 0 and f"{path} is not there to resume, so the training begins anew\n" in err
     whole, content = path.read_bytes(), train.read_checkpoint(path)
+    with pytest.raises(ValueError, match="loss was nan"):    # stopped after a step that was saved
+        train.train(train.load_model(path)[0], lambda model, step: (
+            sum(p.sum() for p in model.parameters()) * (1 if step == 0 else math.nan), 1, {}), 2,
+            "part.pt", 0.1, 0.1, save_every=1)
     code = type("Code", (), dict(__reduce__=lambda _: (os.mkdir, ("ran",))))()
+    part = torch.load(path.with_name("part.pt"), weights_only=True)    # has an optimizer
+    weights = {name: w.clone() for name, w in content["model"].items()}
+    weights["head.weight"][0, 0] = math.nan
+    moments = copy.deepcopy(part["optimizer"])
+    moments["state"][0]["exp_avg"] = torch.zeros(2)
     changes = [dict(settings=code), dict(config=None), dict(settings=[1]), dict(config={"a": 3}),
-               dict(config=dict(content["config"], d_key=8)), dict(model={"a": torch.zeros(1)})]
+               dict(config=dict(content["config"], d_key=8)), dict(model={"a": torch.zeros(1)}),
+               dict(model=weights), dict(model={n: w.int() for n, w in weights.items()}),
+               dict(losses="text"), dict(losses=content["losses"][:1]), dict(gates=3),
+               dict(model=[1]), dict(optimizer=part["optimizer"]), dict(part, optimizer={}),
+               dict(part, optimizer=moments)]
     for bad in (b"", b"text", whole[:-1], [1], {}, *({**content, **change} for change in changes),
                 *({k: v for k, v in content.items() if k != name} for name in content)):
         path.write_bytes(bad) if isinstance(bad, bytes) else torch.save(bad, path)
         for words in ([train.main, "sample", "--load", path], [*args, "--resume"]):
-            if "sample" in words or not isinstance(bad, dict) or "a" not in bad.get("model", ()):
-                code, _, err = command(*words)
-                *_, error = err.splitlines()
-                assert code == 2 and "Traceback" not in err and str(path) in error, bad
+            code, _, err = command(*words)
+            *_, error = err.splitlines()
+            assert code == 2 and f"error: {path} was no checkpoint" in error, bad
     assert not Path("ran").exists()
     for part, name, value in (("config", "update", "linear"), ("config", "rope_base", 7.0),
                               ("settings", "starting_weights", 0.0), ("settings", "lr", 0.1)):
@@ -170,7 +182,8 @@ def test_a_broken_harmful_or_other_checkpoint_is_refused_in_one_line(folder, com
         assert code == 2 and err.splitlines()[-1] == error
 
 # --- Text and language model ---------------------------------------------------------------------
-def test_the_text_is_the_standard_library_without_tests_and_each_tenth_file_is_held_out(folder):
+def test_the_text_is_the_standard_library_without_tests_and_each_tenth_file_is_held_out(
+        folder, capsys):
     training, held_out = ([bytes(d.numpy()) for d in part] for part in train.read_documents())
     files = [file for file in sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py"))
              if not {"test", "tests", "site-packages", "dist-packages"} & set(file.parts)]
@@ -183,6 +196,16 @@ def test_the_text_is_the_standard_library_without_tests_and_each_tenth_file_is_h
     assert [len(d) for d in train.read_documents()[1]] == [len(d) for d in held_out]
     names = [[d[0].item() - 40 for d in part] for part in train.read_documents(folder)]
     assert sorted(sum(names, [])) == list(range(20)) and len(names[1]) == 2
+    for name in (".git/a.txt", ".b.txt", "out/c.csv", "d.bin", "e.txt"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"new\0" if name == "d.bin" else b"new" * 500)
+    new = train.read_documents(folder, folder / "out", shortest=301)    # 100, 300, 500, ...
+    assert sorted(len(d) for part in new for d in part) == sorted([1500, *range(500, 4000, 200)])
+    assert "1 binary files and 2 of 21 texts, shorter than 301 bytes" in capsys.readouterr().err
+    for i in range(20):
+        (folder / f"{i}copy.txt").write_bytes(bytes([i + 40]) * (100 + 200 * i))
+    parts = [[bytes(d.numpy()) for d in part] for part in train.read_documents(folder)]
+    assert not {*parts[0]} & {*parts[1]} and len({*parts[0]} | {*parts[1]}) == 21
     (folder / "../book").write_bytes(bytes(range(32, 132)) * 10)    # of one file, its last tenth
     (training,), (held_out,) = train.read_documents(folder / "../book")
     assert len(training) == 900 and bytes(held_out.numpy()) == bytes(range(32, 132))
