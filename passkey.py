@@ -13,6 +13,7 @@ import os
 import random
 import re
 import sys
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -224,7 +225,8 @@ def evaluate(model, tasks, lengths, depths, hay="paper"):
         right = (written[:, questions.shape[1]:] == answers).float()
         for n, depth in cells[before, after]:
             yield Found(n, depth, right.mean().item(), right.amin(1).mean().item())
-    progress.show(progress.total, 0)
+    if cells:
+        progress.show(progress.total, 0)
 
 # --- Table and picture ---------------------------------------------------------------------------
 def short(n):
@@ -235,13 +237,12 @@ def print_row(name, cells):
     print(f"{name:24}" + "".join(f"{cell:>12}" for cell in cells), flush=True)
 
 def new_figure(**options):
-    """Make a figure that needs no display."""
-    try:
-        from matplotlib.figure import Figure
-    except ValueError:    # $MPLBACKEND names none, but none is needed
-        del os.environ["MPLBACKEND"]
-        from matplotlib.figure import Figure
-    return Figure(layout="constrained", **options)
+    """Make a figure that needs no display, whatever $MPLBACKEND says."""
+    backend = os.environ.pop("MPLBACKEND", "")
+    from matplotlib import figure, rcParams
+    with suppress(ValueError):
+        rcParams.update({"backend": backend} if backend else {})    # for pictures of others
+    return figure.Figure(layout="constrained", **options)
 
 def heat_map(axis, grid, high, text, x, y):
     """Draw a grid of numbers from 0 to `high` as colours and text. Returns the image."""

@@ -284,7 +284,7 @@ def test_texts_differ_from_the_papers_in_one_thing_each(tmp_path, monkeypatch, c
         [passkey.Found(n, depth, 0.25, 0.0) for n in lengths for depth in depths])[1])
     options = ["--lengths", "1K,8K", "--depths", "0,25", "--keys", 3, "--eval-seed", 7]
     code, out, _ = command(texts.main, "--load", path, *options, "--out", tmp_path, "--threads", 1)
-    names, end = ["paper", "words", "6-digits", "decoy"], " is the blue info."
+    names, end = ["paper", "words", "6-digits", "decoy", "twice"], " is the blue info."
     assert code == 0 and re.findall(r"^([\w-]+): ", out, re.M) == names
     keys = passkey.draw_keys(random.Random("evaluation 7"), 3, 4, held_out=True)
     for name, (tasks, *rest) in zip(names, asked[::2], strict=True):    # others: beyond 32K
@@ -294,8 +294,9 @@ def test_texts_differ_from_the_papers_in_one_thing_each(tmp_path, monkeypatch, c
         for needle, question, key in tasks:
             decoy = f" {passkey.HAY} The blue info is {key[::-1]}. Find it. {key[::-1]}{end}"
             assert passkey.is_held_out(key) and question == passkey.QUESTION
-            assert needle == (f"The pass key is {key}. Remember it. {key} is the pass key."
-                              + decoy * (name == "decoy")) and len(passkey.encode(needle))
+            told = f"The pass key is {key}. Remember it. {key} is the pass key."
+            more = dict(decoy=decoy, twice=f" {passkey.HAY} {told}").get(name, "")
+            assert needle == told + more and len(passkey.encode(needle))
         rows = rows_of(tmp_path / f"texts-{name}.csv")
         assert len(rows) == 1 + 4 and rows[1][:3] == ["short", "delta", "2"]
 
