@@ -18,54 +18,48 @@ import torch.nn.functional as F
 import infini
 import passkey
 from experiments.curves import draw_lines
-from passkey import DIGITS, HAY, NEEDLE, encode, one_key
-from train import Parser, run_command, set_up, side_by_side
+from passkey import HAY, NEEDLE, encode
+from train import Parser, run_command, set_up, side_by_side, whole
 
 FACTORS = [1, 1.25, 1.5, 2, 2.5, 3, 4]
 
 @torch.no_grad()
-def half_lengths(model, n, q=1, k=1):
-    """Compute how many tokens of hay weigh as much as the needle in sigma(q) z, for the question's
-    last token, with W_Q times q and W_K times k, in float64. The weight of hay is a mean over some
-    n tokens of it, without the first four paragraphs. Returns one number per layer and head."""
+def half_lengths(model, n, keys, q=1, k=1):
+    """Compute how many tokens of hay weigh as much as the needle in sigma(q) z, when each digit of
+    some keys is asked for after n tokens of hay, with W_Q times q and W_K times k, in float64. The
+    weight of hay is a mean that leaves out four paragraphs. Returns (digits, layers, keys, heads)."""
     model, seen = deepcopy(model).double(), {}    # seen: layer -> q, k, v of what was read last
     for block in model.blocks:
         block.attention.w_q.weight *= q
         block.attention.w_k.weight *= k
         block.attention.register_forward_pre_hook(lambda m, x: seen.update({m: m.project(x[0])}))
-    def read(text, state=None):
-        return infini.stream(model, text[None], state)[1]
-    hay, question = encode(HAY).repeat(4), encode(passkey.QUESTION)    # 3 segments of 32 tokens
-    state = read(encode(NEEDLE.format("9054")), read(encode(passkey.INTRO)))
+    def read(texts, state=None):
+        return infini.stream(model, texts.expand(len(keys), -1), state)[1]
+    question, digits = encode(passkey.QUESTION), torch.stack([encode(key) for key in keys])
+    state = read(encode(passkey.INTRO))
+    state = read(torch.stack([encode(NEEDLE.format(key)) for key in keys]), state)
     needle = [infini.sigma(keys).sum(2) for _, keys, _ in seen.values()]
+    hay, halves = encode(HAY).repeat(4), []    # 3 segments of 32 tokens
     before = read(hay, state)
     hay = hay.repeat(n // len(hay) - 1)
     after = read(hay, before)
-    read(question[-1:], read(question[:-1], after))
-    asked = [infini.sigma(queries)[:, :, 0] for queries, _, _ in seen.values()]
-    return torch.cat([len(hay) * (sq * sk).sum(-1) / (sq * (a.memory.z - b.memory.z)).sum(-1)
-                      for sq, sk, a, b in zip(asked, needle, after, before)])
+    state = read(question[:-1], after)
+    for asks in [question[-1:], *digits[:, :-1].split(1, 1)]:
+        state = read(asks, state)
+        asked = [infini.sigma(queries)[:, :, 0] for queries, _, _ in seen.values()]
+        halves.append(torch.stack([
+            len(hay) * (sq * sk).sum(-1) / (sq * (a.memory.z - b.memory.z)).sum(-1)
+            for sq, sk, a, b in zip(asked, needle, after, before)]))
+    return torch.stack(halves)
 
-@torch.no_grad()
-def heads_that_find(model):
-    """Return (layers, heads) of the gates that keep the digits right with all others shut."""
-    keys, right = passkey.draw_keys(random.Random("heads"), 20, DIGITS, held_out=False), {}
-    inputs = torch.stack([passkey.write_input(one_key(k), encode(HAY).repeat(40), 0) for k in keys])
-    for layer, head in model.gates().isfinite().nonzero().tolist():
-        alone = deepcopy(model)
-        for block in alone.blocks:
-            block.attention.beta -= 20
-        alone.blocks[layer].attention.beta[head] += 20
-        written = infini.generate(alone, inputs[:, :-DIGITS], DIGITS, temperature=0)
-        right[layer, head] = (written == inputs)[:, -DIGITS:].float().mean().item()
-    return tuple(zip(*(at for at in right if right[at] > max(right.values()) - 0.1)))
-
-def measure(path, lengths):
-    """Measure half lengths. For a plain model, also those with sigma in other precisions, and with
-    weights times each factor, at the first length. Returns {name: half lengths}."""
+def measure(path, lengths, n_keys):
+    """Measure a model's half length, that of the worst digit of some keys in the best head for it.
+    For a plain model, also those at the first length with sigma in other precisions, and with
+    weights times each factor. Returns {name: half lengths}."""
     model, (way, rule, seed), _ = passkey.load_for_table(path)
-    def half(n=lengths[0], heads=heads_that_find(model), **factors):
-        return half_lengths(model, n, **factors)[heads].max().item()
+    keys = passkey.draw_keys(random.Random("half"), n_keys, passkey.DIGITS, held_out=False)
+    def half(n=lengths[0], **factors):
+        return half_lengths(model, n, keys, **factors).amax((1, 3)).min().item()
     rows = {f"{way} {rule} {seed}": [half(n) for n in lengths]}
     for dtype in (torch.float32, torch.bfloat16) if way == "plain" else ():
         with patch("infini.sigma", lambda x, to=dtype: (F.elu(x.to(to)) + 1).double()):
@@ -78,14 +72,16 @@ def main():
     parser = Parser("Measure how long a text may be before the hay outweighs the key.")
     add = parser.add_argument
     add("--load", type=Path, nargs="+", required=True, metavar="FILE", help="models with a memory")
-    add("--lengths", type=passkey.listed(passkey.length), default="32K,128K,1M", help="in tokens")
+    add("--lengths", type=passkey.listed(passkey.length), default="8K,128K", help="in tokens")
+    add("--keys", type=whole(1, 500), default=8, help="training keys to ask for")
     add("--out", type=Path, default=Path("out"), metavar="FOLDER", help="for the picture")
+    add("--threads", type=whole(1, 1024), help="cores to use; without it PyTorch decides")
     args = parser.parse_args()
-    set_up(out=args.out)
+    set_up(threads=args.threads, out=args.out)
     passkey.print_row("Half length / 1000, at", [passkey.short(n) for n in args.lengths])
     passkey.print_row("    and at factor", FACTORS)
     curves, paths = {}, [p for p in args.load if passkey.load_for_table(p)[1][1] != "-"]
-    for rows in side_by_side(measure, [(path, args.lengths) for path in paths]):
+    for rows in side_by_side(measure, [(path, args.lengths, args.keys) for path in paths]):
         for name, row in rows.items():
             passkey.print_row(name, [f"{half / 1000:,.4g}" for half in row])
             curves.setdefault(name, []).append(row)

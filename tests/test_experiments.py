@@ -7,6 +7,7 @@ import random
 import re
 import sys
 from dataclasses import asdict, replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -18,8 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import infini
 import passkey
 import train
-from experiments import alternatives, bench, compare, curves, gates, plug, sharpness, texts
+from experiments import bench, compare, curves, gates, plug, sharpness, texts
 from infini import InfiniConfig, InfiniTransformer
+from passkey import one_key
 from test_infini import KINDS, RULES, SMALL, make, o_sigma, same
 
 LM = dict(batch=2, segments=4, lr=4e-3, gate_lr=3e-2, n_layers=2, d_model=16, n_heads=2, d_key=4,
@@ -195,46 +197,41 @@ def test_plug_starts_where_local_ended_if_gates_are_closed(gate, small, folder, 
     assert ends.tolist() == [*range(3, 250, 3), 250]
     same(means[[0, -1]] * math.log(2), [1.0, 249.0], 1e-6)
 
-# --- sharpness, alternatives and texts -----------------------------------------------------------
+# --- sharpness and texts -------------------------------------------------------------------------
 @pytest.mark.parametrize("factors", [{}, dict(q=3), dict(k=3)])
-def test_sharpness_weighs_the_needle_against_a_token_of_hay(factors):
+def test_sharpness_weighs_the_needle_against_a_token_of_hay_for_each_digit(factors):
     torch.manual_seed(0)
-    model = InfiniTransformer(passkey.model_config(update="linear"))
-    scaled, task = copy.deepcopy(model).double(), passkey.one_key("9054")
+    model, keys = InfiniTransformer(passkey.model_config(update="linear")), ["9054", "1177"]
+    scaled = copy.deepcopy(model).double()
     for block in scaled.blocks:
         block.attention.w_q.weight.data *= factors.get("q", 1)
         block.attention.w_k.weight.data *= factors.get("k", 1)
-    first, n_needle = (len(passkey.encode(text)) for text in (passkey.INTRO, task.needle))
-    for n in (200, 400):
-        text = passkey.write_input(task, passkey.write_hay("paper", n // 96 * 4, None), 0)[:-4]
+    for n, (i, key) in product((200, 400), enumerate(keys)):
+        halves, task = sharpness.half_lengths(model, n, keys, **factors)[:, :, i], one_key(key)
+        assert halves.shape == (4, 2, 4)
+        first, n_needle = (len(passkey.encode(text)) for text in (passkey.INTRO, task.needle))
+        text = passkey.write_input(task, passkey.write_hay("paper", n // 96 * 4, None), 0)[:-1]
         start = (first + n_needle + 96) // 32 * 32    # of the hay that counts
         last, x = start + (n // 96 - 1) * 96, scaled.embedding(text[None])
-        halves = sharpness.half_lengths(model, n, **factors)
-        for block, heads in zip(scaled.blocks, halves, strict=True):
+        for layer, block in enumerate(scaled.blocks):
             q, k, _ = (y[0].detach().numpy() for y in block.attention.project(block.norm1(x)))
-            sq, sk = np.apply_along_axis(o_sigma, -1, q[:, -1]), np.apply_along_axis(o_sigma, -1, k)
-            weights = np.einsum("hd,htd->ht", sq, sk)
-            needle, hay = weights[:, first:first + n_needle], weights[:, start:last]
-            same(heads, needle.sum(1) / hay.mean(1), 1e-9)
+            sq, sk = (np.apply_along_axis(o_sigma, -1, y) for y in (q[:, -4:], k))
+            weights = np.einsum("hqd,htd->qht", sq, sk)
+            needle, hay = weights[..., first:first + n_needle], weights[..., start:last]
+            same(halves[:, layer], needle.sum(-1) / hay.mean(-1), 1e-9)
             x, _ = block(x, None)
 
-def test_sharpness_looks_at_the_heads_that_find_the_key_alone_and_scales_w_q_and_w_k(
+def test_sharpness_takes_the_best_head_of_the_worst_digit_and_scales_w_q_and_w_k(
         tmp_path, monkeypatch, command):
     models = [save_model(tmp_path / f"{way}.pt", way, 1, update="linear", attention=attention)
               for way, attention in (("plain", "infini"), ("sharp", "infini"), ("local", "local"))]
-    def written(model, given, n, temperature):    # of 20 keys 20, 18 or none are right
-        (layer, head), = (model.gates() > 1e-6).nonzero().tolist()
-        answers = torch.stack([passkey.encode(key) for key in keys])
-        answers[:{(0, 1): 0, (1, 2): 2}.get((layer, head), 20)] = 0
-        return torch.cat([given, answers], 1)
-    def half_lengths(model, n, q=1, k=1):
-        tokens = torch.full((2, 4), 1e9)    # of heads that don't find the key
-        tokens[0, 1], tokens[1, 2] = 30 * n, 10 * n
-        return tokens * q ** 2 * k ** 3 * infini.sigma(torch.tensor([-3.0])).double()
-    keys = passkey.draw_keys(random.Random("heads"), 20, 4, held_out=False)
-    monkeypatch.setattr(infini, "generate", written)
+    def half_lengths(model, n, keys, q=1, k=1):
+        assert len({*keys}) == 3 and not any(map(passkey.is_held_out, keys))
+        halves = torch.rand(4, 2, 3, 4)
+        halves[:, 1, :, 3], halves[2, 0, 1, 2], halves[2, 1, 1, 3] = 50 * n, 30 * n, 10 * n
+        return halves * q ** 2 * k ** 3 * infini.sigma(torch.tensor([-3.0])).double()
     monkeypatch.setattr(sharpness, "half_lengths", half_lengths)
-    options = ["--lengths", "256,512", "--out", tmp_path]
+    options = ["--lengths", "256,512", "--keys", 3, "--out", tmp_path, "--threads", 1]
     code, out, _ = command(sharpness.main, "--load", *models, *options)
     rows = [[float(cell.replace(",", "")) for cell in line[24:].split()]
             for line in out.splitlines()[2:]]    # the local model has none
@@ -246,36 +243,6 @@ def test_sharpness_looks_at_the_heads_that_find_the_key_alone_and_scales_w_q_and
         assert row == pytest.approx(values, rel=1e-3)
     drawn = [float(row[2]) for row in rows_of(tmp_path / "sharpness.csv")[1:]]
     same(np.array(drawn) / 1000, np.concatenate(curves), 1e-5)
-
-def test_alternatives_have_one_change_each_and_the_budget_of_plain(tmp_path, monkeypatch, command):
-    def listen(model, loss_of, steps, path, lr, gate_lr, resume, settings):
-        start = model.blocks[1].attention.w_k.weight.detach().clone()
-        for step in range(2):
-            loss_of(model, step)    # which calls seen()
-            expected = {"at-once": 4 * start + step, "own-rate": start + 5 * step}
-            same(heard.pop(0), expected.get(settings["training"], start + step), 1e-4)
-            with torch.no_grad():
-                for w in model.parameters():
-                    w += 1    # what a step does
-        done.append((path.stem, steps, lr, gate_lr))
-        save_model(path, settings["training"], 3, update="delta")
-    def seen(model, *_):
-        heard.append(model.blocks[1].attention.w_k.weight.detach().clone())
-        hook = model.head.register_forward_hook(lambda head, given, out: heard.append(out))
-        out, _ = model(torch.tensor([[1, 2]]))
-        hook.remove()
-        divided.append((heard.pop() / out).mean().item())
-    done, heard, divided = [], [], []
-    monkeypatch.setattr(passkey, "train", listen)
-    monkeypatch.setattr(passkey, "plain_loss", seen)
-    start = save_model(tmp_path / "s.pt", seed=3, update="delta")
-    options = ["--lengths", 64, "--keys", 1, "--out", tmp_path, "--threads", 1]
-    code, out, _ = command(alternatives.main, "--load", start, *options)
-    names = ["at-once", "own-rate", "temperature"]
-    assert code == 0 and re.findall(r"^(\S+) delta 3 ", out, re.M) == names
-    assert done == [(f"passkey-{name}-delta-seed3", 1600, 2e-3, 5e-3) for name in names]
-    assert divided == pytest.approx([1] * 4 + [3] * 2)
-    assert command(alternatives.main, "--load", save_model(tmp_path / "b.pt", "plain"))[0] == 2
 
 def test_texts_differ_from_the_papers_in_one_thing_each(tmp_path, monkeypatch, command):
     path, asked = save_model(tmp_path / "a.pt", seed=2), []
