@@ -26,8 +26,8 @@ FACTORS = [1, 1.25, 1.5, 2, 2.5, 3, 4]
 @torch.no_grad()
 def half_lengths(model, n, keys, q=1, k=1):
     """Compute how many tokens of hay weigh as much as the needle in sigma(q) z, when each digit of
-    some keys is asked for after n tokens of hay, with W_Q times q and W_K times k, in float64. The
-    weight of hay is a mean that leaves out four paragraphs. Returns (digits, layers, keys, heads)."""
+    some keys is asked for after n tokens of hay, with W_Q times q and W_K times k, in float64. A
+    token of hay has the mean weight (without the first). Returns (digits, layers, keys, heads)."""
     model, seen = deepcopy(model).double(), {}    # seen: layer -> q, k, v of what was read last
     for block in model.blocks:
         block.attention.w_q.weight *= q
