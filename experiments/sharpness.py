@@ -21,7 +21,7 @@ from experiments.curves import draw_lines
 from passkey import HAY, NEEDLE, encode
 from train import Parser, run_command, set_up, side_by_side, whole
 
-FACTORS = [1, 1.25, 1.5, 2, 2.5, 3, 4]
+FACTORS = [1, 1.25, 1.5, 2, 3, 4]
 
 @torch.no_grad()
 def half_lengths(model, n, keys, q=1, k=1):

@@ -104,6 +104,13 @@ def test_a_training_stopped_by_ctrl_c_and_resumed_ends_as_one_that_was_not_stopp
     assert torch.equal(content["gates"], torch.stack([*gates, whole.gates()])[1:])
     assert equal(loaded, whole) and loaded.config == whole.config and not loaded.training
 
+def test_a_training_needs_no_standard_error(tmp_path, monkeypatch):
+    closed = open(tmp_path / "err", "w")
+    closed.close()
+    for stream in (None, closed, Mock(write=Mock(side_effect=OSError(28, "full")))):
+        monkeypatch.setattr("sys.stderr", stream)
+        assert len(train_toy(tmp_path / "a.pt", 2)[1]) == 2
+
 def train_until_killed(path, last, seconds):    # some time after `last` more steps
     steps = iter(range(1, 999))
     def loss_of(model, step):
