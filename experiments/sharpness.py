@@ -72,7 +72,7 @@ def main():
     parser = Parser("Measure how long a text may be before the hay outweighs the key.")
     add = parser.add_argument
     add("--load", type=Path, nargs="+", required=True, metavar="FILE", help="models with a memory")
-    add("--lengths", type=passkey.listed(passkey.length), default="8K,128K", help="in tokens")
+    add("--lengths", type=passkey.listed(passkey.length), default="4K,32K", help="in tokens")
     add("--keys", type=whole(1, 500), default=8, help="training keys to ask for")
     add("--out", type=Path, default=Path("out"), metavar="FOLDER", help="for the picture")
     add("--threads", type=whole(1, 1024), help="cores to use; without it PyTorch decides")
