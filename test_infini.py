@@ -653,6 +653,8 @@ def test_settings_that_make_no_sense_are_refused():
         for value in bad:
             settings = {**({} if function is stream else {"max_new_tokens": 3}), name: value}
             refused(f"{name} was {value!r}, must be {must}", function, model, tokens, **settings)
+    model.head.weight.data[0, 0] = math.nan
+    refused("model with logits was inf or nan, must be", generate, model, tokens, 1, 0)
 
 @pytest.mark.parametrize("seed", range(200))
 def test_200_random_models_texts_and_cuts_agree_with_the_oracle(seed):

@@ -58,14 +58,14 @@ def read_documents(path=None, out=None, shortest=1):
             texts += [text] * (len(text) > 0 and 0 not in text)
     short = sum(len(text) < shortest for text in texts)
     if short == len(texts):
-        raise ValueError(f"--data was {root} ({binary} binary files), must have {shortest:,} bytes "
-                         "of text in a file")
+        raise ValueError(f"--data was {root}, {binary} binary, must have {shortest:,} text bytes")
     if (binary or short) and parent_process() is None:
         say(f"{root}: {binary} binary files and {short} of {len(texts)} texts, shorter than "
             f"{shortest:,} bytes, are not used")
     random.Random(0).shuffle(texts)
     n, cut = max(1, len(texts) // 10), len(texts[0]) - len(texts[0]) // 10
-    parts = texts[n:], [text for text in texts[:n] if text not in {*texts[n:]}]    # no copies
+    known = {*texts[n:]}    # no copy of what is trained on is held out
+    parts = texts[n:], [text for text in texts[:n] if text not in known]
     if len(texts) == 1:
         parts = [texts[0][:cut]], [texts[0][cut:]]
     return [[torch.frombuffer(bytearray(text), dtype=torch.uint8) for text in part

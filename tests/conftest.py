@@ -7,6 +7,7 @@ import matplotlib
 import nbformat
 import pytest
 import torch
+from matplotlib.figure import Figure
 from nbclient import NotebookClient
 
 from train import run_command
@@ -36,6 +37,13 @@ def folder(tmp_path):    # 20 documents of 100 to 3,900 bytes, no two of which s
     for i, where in enumerate(["text", "text/deep"] * 10):
         (tmp_path / where / f"{i:02}.txt").write_bytes(bytes([i + 40]) * (100 + 200 * i))
     return tmp_path / "text"
+
+@pytest.fixture
+def figures(monkeypatch):    # all that are saved
+    found, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: (
+        found.append(figure), save(figure, *args, **options)))
+    return found
 
 @pytest.fixture
 def command(monkeypatch, capsys):    # (main, *arguments) -> exit code, standard output, error

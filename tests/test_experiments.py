@@ -6,14 +6,13 @@ import math
 import random
 import re
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
 import pytest
 import torch
 from matplotlib.colors import to_rgba
-from matplotlib.figure import Figure
 from torch.utils.flop_counter import FlopCounterMode
 
 import infini
@@ -23,6 +22,7 @@ from experiments import bench, compare, curves, gates, plug, sharpness, texts
 from infini import InfiniConfig, InfiniTransformer
 from passkey import one_key
 from test_infini import KINDS, RULES, SMALL, make, o_sigma, same
+from test_passkey import save
 
 LM = dict(batch=2, segments=4, lr=4e-3, gate_lr=3e-2, n_layers=2, d_model=16, n_heads=2, d_key=4,
           segment_len=8, rope_base=10.0, gate_init=-1.5, gate_spread=5.1)
@@ -31,13 +31,6 @@ LM = dict(batch=2, segments=4, lr=4e-3, gate_lr=3e-2, n_layers=2, d_model=16, n_
 def small(monkeypatch, folder, tmp_path):    # arguments for text, files and threads
     monkeypatch.setattr(train, "LM", LM)
     return ["--data", folder, "--out", tmp_path, "--threads", 1]
-
-@pytest.fixture
-def figures(monkeypatch):    # all that would have been closed
-    found, save = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: (
-        found.append(figure), save(figure, *args, **options)))
-    return found
 
 def rows_of(path):
     with open(path, newline="", encoding="utf-8") as file:
@@ -69,11 +62,7 @@ def near(cell, values):    # does it hold their mean and standard deviation?
 def save_model(path, training="short", seed=0, **config):
     torch.manual_seed(seed)
     model = InfiniTransformer(passkey.model_config(**config))
-    train.write_checkpoint(path, dict(
-        model=model.state_dict(), config=asdict(model.config), losses=torch.zeros(0),
-        gates=torch.zeros(0), optimizer=None,
-        settings=dict(training=training, seed=seed, digits=4, steps=0)))
-    return path
+    return save(path, model, training=training, seed=seed)
 
 # --- curves and compare --------------------------------------------------------------------------
 def test_curves_show_each_point_with_plain_ticks_and_can_be_told_apart(figures, tmp_path):

@@ -8,7 +8,6 @@ from unittest.mock import Mock, patch
 import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
 
 import passkey
 import train
@@ -96,6 +95,8 @@ def test_keys_depths_and_hay_differ_from_step_to_step_and_seed_to_seed_and_repea
         rows = [row for inputs in shown(way, range(50, 150)) for row in inputs if len(row) > 140]
         pure = [text_of(row).count(PARAGRAPH.strip()) > len(row) // 24 - 6 for row in rows]
         assert np.mean(pure) == pytest.approx(most, abs=0.1)
+        hay = [text_of(row[29:31]) for row, paper in zip(rows, pure) if paper]    # after the intro
+        assert len(set(hay)) > 10    # it begins anywhere in a paragraph
     for row in rows[:100]:    # each digit of an answer is told the right ones before it
         needle, again, answer = re.findall(r"\d+", text_of(row))
         assert needle == again == answer + needle[-1]
@@ -249,10 +250,8 @@ def test_keys_are_held_out_and_as_many_and_as_long_as_asked_for(tmp_path, asked,
     many, = {*map(tuple, keys("--keys", 500)[:1])}
     assert len(set(many)) == 500    # none is asked for twice
 
-def test_the_heat_map_shows_each_share_at_its_depth_and_length(tmp_path, monkeypatch):
-    figures, depths, lengths, save = [], [0, 0.3, 1], [1024, 100], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: (
-        figures.append(figure), save(figure, *args, **options)))
+def test_the_heat_map_shows_each_share_at_its_depth_and_length(tmp_path, figures):
+    depths, lengths = [0, 0.3, 1], [1024, 100]
     share = {(n, d): (n % 7 + d * 50) / 100 for n in lengths for d in depths}
     found = [Found(n, d, x, 0.0) for (n, d), x in share.items()]
     passkey.draw([("a", found), ("a", found)], lengths, depths, tmp_path / "a.png")
