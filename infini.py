@@ -412,18 +412,20 @@ def segments_at_once(layer, q, k, v, state):
 def scan(memory, k, v, update):
     """Compute the memory before each of S segments and after the last, all at once.
     k: (B, S, H, N, d_key), v: (B, S, H, N, d_value). Returns M: (B, S + 1, H, d_key, d_value) and
-    z: (B, S + 1, H, d_key). Linear is a cumulative sum, and so is z of both rules. With all z
-    known, the delta rule is M_s = M_{s-1} - erase_s M_{s-1} + write_s. Only this runs in order."""
+    z: (B, S + 1, H, d_key). All writes are known in advance, and so are all z. So the delta rule is
+    M_s = M_{s-1} - erase_s M_{s-1} + write_s. Only these small steps run in order."""
     sk = sigma(k)
     with full_precision(sk):
         write = sk.mT @ v.to(sk.dtype)                               # (B, S, H, d_key, d_value)
         z = torch.cat([memory.z.unsqueeze(1), sk.sum(-2)], 1).cumsum(1)
-        if update == "linear":
-            return Memory(torch.cat([memory.M.unsqueeze(1), write], 1).cumsum(1), z)
-        erase = sk.mT @ (sk / normaliser(sk, z[:, :-1]))             # (B, S, H, d_key, d_key)
         M = [memory.M]
-        for erase_s, write_s in zip(erase.unbind(1), write.unbind(1)):
-            M.append(M[-1] - erase_s @ M[-1] + write_s)
+        if update == "linear":
+            for write_s in write.unbind(1):                          # faster than a cumsum
+                M.append(M[-1] + write_s)
+        else:
+            erase = sk.mT @ (sk / normaliser(sk, z[:, :-1]))         # (B, S, H, d_key, d_key)
+            for erase_s, write_s in zip(erase.unbind(1), write.unbind(1)):
+                M.append(M[-1] - erase_s @ M[-1] + write_s)
         return Memory(torch.stack(M, 1), z)
 
 # --- What is refused -----------------------------------------------------------------------------

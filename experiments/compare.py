@@ -36,7 +36,7 @@ def by_position(cost):
 
 def train_kind(data, kind, seed, steps, out, device, resume):
     """Train one model, maybe in a process of its own. Returns its checkpoint's path."""
-    return train.train_lm(kind, seed, train.read_documents(data)[0], out, steps, device=device,
+    return train.train_lm(kind, seed, train.read_documents(data, out)[0], out, steps, device=device,
                           resume=resume, **train.LM)[1]
 
 def evaluate(path, tokens, length, device):
@@ -64,7 +64,7 @@ def main():
     set_up(args.device, args.threads, args.out)
     N, n = train.LM["segment_len"], args.seeds
     length = train.LM["segments"] * N
-    tokens = train.validation_pieces(train.read_documents(args.data)[1], 4 * length + 1)
+    tokens = train.validation_pieces(train.read_documents(args.data, args.out)[1], 4 * length + 1)
     rest = args.steps, args.out, args.device, args.resume
     jobs = [(args.data, kind, seed, *rest) for kind in KINDS for seed in range(n)]
     paths = [*side_by_side(train_kind, jobs)]

@@ -19,7 +19,7 @@ STYLES = [("C1", "--"), ("C0", "-"), ("C2", ":"), ("C3", "-.")]    # of layers 1
 def train_gates(data, rule, gate_lr, seed, steps, out, device, resume):
     """Train one model, maybe in a process of its own. Returns its checkpoint's path."""
     settings = {**train.LM, "gate_lr": gate_lr, "name": f"{rule}-gates-{gate_lr:g}"}
-    return train.train_lm(rule, seed, train.read_documents(data)[0], out, steps, device=device,
+    return train.train_lm(rule, seed, train.read_documents(data, out)[0], out, steps, device=device,
                           resume=resume, **settings)[1]
 
 def draw(results, path):

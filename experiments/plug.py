@@ -21,8 +21,8 @@ GOES_ON_AS = ["local", "linear", "delta"]
 
 def train_local(data, seed, steps, out, device, resume):
     """Train a model without memory, maybe in a process of its own. Returns its path."""
-    return train.train_lm("local", seed, train.read_documents(data)[0], out, steps, device=device,
-                          resume=resume, **train.LM)[1]
+    return train.train_lm("local", seed, train.read_documents(data, out)[0], out, steps,
+                          device=device, resume=resume, **train.LM)[1]
 
 def plug_in(path, kind, gate, device):
     """Load the model in `path`, and give it a memory with betas of `gate`, unless kind is local."""
@@ -33,7 +33,7 @@ def go_on(data, path, kind, gate, seed, steps, out, device, resume):
     """Train the model in `path` further, with a memory or without. Returns the new path.
     The learning rate starts at half of the first one, and the text is drawn anew."""
     settings = {**train.LM, "lr": train.LM["lr"] / 2, "name": f"plug-{kind}"}
-    return train.train_lm(kind, seed + 1000, train.read_documents(data)[0], out, steps,
+    return train.train_lm(kind, seed + 1000, train.read_documents(data, out)[0], out, steps,
                           model=plug_in(path, kind, gate, device), device=device, resume=resume,
                           **settings)[1]
 
@@ -59,7 +59,7 @@ def main():
     set_up(args.device, args.threads, args.out)
     seeds, rest = range(args.seeds), (args.out, args.device, args.resume)
     length, steps = train.LM["segments"] * train.LM["segment_len"], max(1, args.steps // 10)
-    tokens = train.validation_pieces(train.read_documents(args.data)[1], length + 1)
+    tokens = train.validation_pieces(train.read_documents(args.data, args.out)[1], length + 1)
     starts = [*side_by_side(train_local, [(args.data, seed, args.steps, *rest) for seed in seeds])]
     jobs = [(args.data, starts[seed], kind, args.plug_gate, seed, steps, *rest)
             for kind in GOES_ON_AS for seed in seeds]

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import infini
 import passkey
 import train
-from experiments import bench, compare, curves, gates, plug, sharpness, texts
+from experiments import bench, compare, curves, gates, plug, recall, sharpness, texts
 from infini import InfiniConfig, InfiniTransformer
 from passkey import one_key
 from test_infini import KINDS, RULES, SMALL, make, o_sigma, same
@@ -185,6 +185,43 @@ def test_plug_starts_where_local_ended_if_gates_are_closed(gate, small, folder, 
     ends, means = plug.means(torch.arange(250.0))
     assert ends.tolist() == [*range(3, 250, 3), 250]
     same(means[[0, -1]] * math.log(2), [1.0, 249.0], 1e-6)
+
+# --- recall --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("twice", [False, True])
+def test_recall_asks_in_another_order_for_the_last_value_of_each_key(twice):
+    keys, values, asked, wanted, new = recall.draw(16, 50, torch.Generator().manual_seed(0), twice)
+    replaced, order = 0, []
+    for row in range(50):
+        pairs = list(zip(keys[row].tolist(), values[row].tolist()))
+        assert len(dict(pairs)) == len(asked[row]) == (12 if twice else 16)
+        assert sorted(asked[row].tolist()) == sorted(dict(pairs))
+        for question, value, is_new in zip(asked[row].tolist(), wanted[row].tolist(), new):
+            assert dict(pairs)[question] == value    # a later pair of a dict counts
+            assert bool(is_new) == ([key for key, _ in pairs].count(question) == 2)
+        replaced += int(new.sum())
+        order.append([key for key, _ in pairs].index(int(asked[row][0])))
+    assert replaced == 50 * 4 * twice and len({*order}) == 1 and order[0] > 0
+
+def test_recall_comes_from_the_memory_alone_and_is_a_mean_over_seeds(tmp_path, monkeypatch, command):
+    torch.manual_seed(0)
+    model = recall.Recall("linear", 8)
+    keys, values, asked, *_ = recall.draw(16, 3, torch.Generator().manual_seed(0), False)
+    with torch.no_grad():
+        model.layer.beta[:] = -200.0                                      # the gate is shut
+    assert torch.equal(model(keys, values, asked), model(keys, values.flip(1), asked))
+    def train_one(rule, d_key, twice, seed, steps):
+        assert steps == 1000
+        first = 100.0 if rule == "linear" else 60.0 + 10 * seed
+        return torch.tensor([[10.0 + d_key] * 6, [first, 100, 80, 60 + seed, 0, 0]])
+    monkeypatch.setattr(recall, "train_one", train_one)
+    code, out, _ = command(recall.main, "--out", tmp_path, "--threads", 1)
+    rows = {line[:22].strip(): line[22:].split() for line in out.splitlines()[1:]}
+    assert code == 0 and len(rows) == 12
+    assert rows["linear 16"] == ["100+-0", "100+-0", "80+-0", "61+-1", "0+-0", "0+-0", "23+-0"]
+    assert rows["delta 128"][0] == "70+-10" and rows["delta 128"][-1] == "0+-0"
+    assert rows["delta 32, replaced"] == ["42+-0"] * 6 + ["0+-0"]
+    assert len(rows_of(tmp_path / "recall.csv")) == 1 + 8 * 6
+    assert 22 < recall.held([100, 100, 80, 0, 0, 0]) < 23 and recall.held([95] * 6) == 256
 
 # --- sharpness and texts -------------------------------------------------------------------------
 @pytest.mark.parametrize("factors", [{}, dict(q=3), dict(k=3)])
