@@ -1,8 +1,9 @@
 """What does the memory cost in time and space? Each row is a ratio of two measurements.
 
-    python -m experiments.bench
+    python -m experiments.bench           four minutes
+    python -m experiments.bench --peer    also beside infini-transformer-pytorch, if it is installed
 
-Small is the model of passkey.py, the paper layer one layer of the paper's size. Four minutes."""
+Small is the model of passkey.py, the paper layer one layer of the paper's size."""
 if not __package__:
     raise SystemExit("run it from the project's folder: python -m experiments.bench")
 
@@ -11,42 +12,34 @@ import math
 import os
 import platform
 import re
-import sys
-import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import median
+from timeit import timeit
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 
-try:
-    import resource
-except ImportError:    # Windows
-    resource = None
-
-from infini import InfiniAttention, InfiniConfig, InfiniTransformer, generate, stream
+from infini import InfiniAttention, InfiniConfig, InfiniTransformer, Memory, generate, stream
 from passkey import model_config
 from train import KINDS, Parser, make_optimizer, run_command, set_up, take_step, whole
 
 PAPER_LAYER = dict(d_model=1024, n_heads=8, d_key=128, d_value=128, segment_len=2048)
 SIZES = dict(rows=((16, 64), (9, 112), (4, 256)),    # (batch, tokens) of small steps, timed as one
-             paper_tokens=16384, parallel_tokens=8192, full_tokens=2 ** 15, matrix=4096, repeats=5,
-             near=2 ** 15, far=2 ** 20, early=100, late=10 ** 5, new_tokens=320, segments=64)
+             paper_tokens=16384, parallel_tokens=8192, full_tokens=2 ** 15, repeats=5,
+             near=2 ** 15, far=2 ** 20, early=100, late=10 ** 5, new_tokens=320, segments=64,
+             peer=(16, 512))
 
 # --- Time ----------------------------------------------------------------------------------------
 def medians(repeats, *actions):
     """Time each action several times, in turns, so that whatever else the machine does slows all
     of them alike. Returns the median seconds of each."""
-    seconds = [[] for _ in actions]
-    for _ in range(repeats):
-        for action, times in zip(actions, seconds):
-            start = time.perf_counter()
-            action()
-            times.append(time.perf_counter() - start)
-    return [sorted(times)[len(times) // 2] for times in seconds]
+    seconds = [[timeit(action, number=1) for action in actions] for _ in range(repeats)]
+    return [median(times) for times in zip(*seconds)]
 
 def random_tokens(batch, length):
     """Draw (batch, length) tokens of the small model, the same ones in every call."""
@@ -64,26 +57,33 @@ def model_step(rows, **config):
             take_step(model, optimizer, F.cross_entropy(logits, tokens[:, 1:].flatten()))
     return step
 
-def layer_step(length, **config):
-    """Make a function that runs a paper layer forward and backward. Returns it and the number of
-    operations in its matrix products. These are Eqs. 5, 7, 8, 11 and both of Eq. 6 with all N x N
-    scores, since masked ones are computed too. The backward pass does each of them twice."""
-    layer = InfiniAttention(InfiniConfig(**PAPER_LAYER, **config))
-    x, c = torch.randn(1, length, layer.config.d_model, requires_grad=True), layer.config
-    per_token = c.n_heads * (2 * c.d_model + c.segment_len + c.d_key) * (c.d_key + c.d_value)
-    def step():
-        layer.zero_grad()
-        layer(x)[0].sum().backward()
-    return step, 3 * 2 * length * per_token
+def layer_step(layer, x):
+    """Make a function that runs a layer forward and backward on x: (B, T, d_model)."""
+    return lambda: layer(x)[0].sum().backward()
 
-# --- Space ---------------------------------------------------------------------------------------
+def peer_of(ours):
+    """Make a layer of infini-transformer-pytorch 0.2.1 (P. Wang) with our weights. There RoPE turns
+    neighbours, the gate is inverted, x is normalised, and the first memory has to be given."""
+    from infini_transformer_pytorch.infini_transformer import CausalAttention, Memories
+    c, half, delta = ours.config, ours.config.d_key // 2, ours.config.update == "delta"
+    layer = CausalAttention(c.d_model, dim_head=c.d_key, heads=c.n_heads, use_mem_delta_rule=delta)
+    q, k = (w.weight.unflatten(0, (-1, 2, half)).transpose(1, 2).flatten(0, 2)
+            for w in (ours.w_q, ours.w_k))
+    layer.load_state_dict({
+        "norm.gamma": torch.ones(c.d_model), "to_qkv.weight": torch.cat([q, k, ours.w_v.weight]),
+        "to_out.weight": ours.w_o.weight, "fastweight_mem.head_gates": -ours.beta,
+        "rotary_emb.freqs": c.rope_base ** (-torch.arange(half) / half)})
+    def read(x):
+        memory, outputs = Memory.empty(len(x), c.n_heads, c.d_key, c.d_value), []
+        for piece in x.split(c.segment_len, 1):
+            o, _, memory = layer(piece, None, Memories(*memory), return_new_memories=True)
+            outputs.append(o)
+        return torch.cat(outputs, 1), memory
+    return read
+
 def peak_memory():
-    """Return the most memory that this process has used so far, in MB, or nan on Windows."""
-    try:    # on Linux, where getrusage counts what the parent used before, too
-        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2 ** 10
-    except (OSError, TypeError):
-        usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else math.nan
-        return usage / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
+    """Return the most memory that this process has used so far, in MB. Linux only."""
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2 ** 10
 
 def streaming_peak(length):
     """Return the MB that a process needs to read `length` tokens."""
@@ -102,25 +102,37 @@ def in_new_process(function, *args):
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
 
-# --- The rows ------------------------------------------------------------------------------------
-def measurements(b):
+def measurements(b, peer):
     """Measure. Yields what it is, two values and their unit. b: SIZES, as attributes."""
-    far, near = (in_new_process(streaming_peak, n) for n in (b.far, b.near))
-    yield "peak memory, streaming 1M / 32K tokens", far, near, "MB"
-    on, off = (in_new_process(training_peak, on, b.segments) for on in (True, False))
-    yield f"peak memory, training, {b.segments} segments, checkpoint=True / without", on, off, "MB"
-
+    if Path("/proc/self/status").exists():
+        far, near = (in_new_process(streaming_peak, n) for n in (b.far, b.near))
+        yield "peak memory, streaming 1M / 32K tokens", far, near, "MB"
+        on, off = (in_new_process(training_peak, on, b.segments) for on in (True, False))
+        yield f"peak memory, training, {b.segments} segments, checkpoint / without", on, off, "MB"
     kinds = [KINDS[kind] for kind in ("local", "linear", "delta")]
-    local, linear, delta = medians(4 * b.repeats, *(model_step(b.rows, **kind) for kind in kinds))
-    yield "training step, small, Linear / local", 1e3 * linear, 1e3 * local, "ms"
-    yield "training step, small, Delta / local", 1e3 * delta, 1e3 * local, "ms"
-    steps, (_, flops, _) = zip(*(layer_step(b.paper_tokens, **kind) for kind in kinds))
-    matrix = torch.randn(b.matrix, b.matrix)
-    local, linear, delta, product = medians(b.repeats, *steps, lambda: matrix @ matrix)
-    yield "training step, paper layer, Linear / local", linear, local, "s"
-    yield "training step, paper layer, Delta / local", delta, local, "s"
-    yield ("rate of the paper layer's step (Linear) / of a matrix product",
-           flops / linear / 1e9, 2 * b.matrix ** 3 / product / 1e9, "GFLOP/s")
+    models = [InfiniTransformer(model_config(**kind)).eval() for kind in kinds]
+    layers = [InfiniAttention(InfiniConfig(**PAPER_LAYER, **kind)) for kind in kinds]
+    text, x = random_tokens(1, b.near), torch.randn(1, b.paper_tokens, 1024, requires_grad=True)
+    for what, unit, scale, repeats, actions in (
+            ("training step, small", "ms", 1e3, 4, [model_step(b.rows, **kind) for kind in kinds]),
+            ("training step, paper layer", "s", 1, 1, [layer_step(layer, x) for layer in layers]),
+            ("streaming, time per token", "us", 1e6 / b.near, 1,
+             [partial(stream, model, text) for model in models]),
+            ("generate, time per token", "us", 1e6 / b.new_tokens, 1,
+             [partial(generate, model, text[:, :1], b.new_tokens, 0) for model in models])):
+        local, linear, delta = (scale * t for t in medians(b.repeats * repeats, *actions))
+        yield f"{what}, Linear / local", linear, local, unit
+        yield f"{what}, Delta / local", delta, local, unit
+    for rule in ("linear", "delta") if peer else ():
+        ours, x = InfiniAttention(model_config(update=rule)), torch.randn(*b.peer, 64)
+        theirs, x = peer_of(ours), F.rms_norm(x, x.shape[-1:])
+        off = (theirs(x)[0] - ours(x)[0]).abs().max()
+        print(f"the same weights in both: their outputs differ by {off:.1g}")
+        times = medians(4 * b.repeats, layer_step(theirs, x), layer_step(ours, x))
+        yield f"training step, one layer, {rule}, peer / ours", *(1e3 * t for t in times), "ms"
+        theirs, ours = (torch.no_grad()(partial(layer, x[:1])) for layer in (theirs, ours))
+        times = (1e6 / b.peer[1] * t for t in medians(4 * b.repeats, theirs, ours))
+        yield f"reading, time per token, one layer, {rule}, peer / ours", *times, "us"
     n = b.parallel_tokens
     at_once, in_turn = medians(b.repeats, *(model_step([(1, n)], update="linear", form=form)
                                             for form in ("parallel", "recurrent")))
@@ -140,25 +152,25 @@ def measurements(b):
     full, infini = medians(3, partial(stream, full, text, None, n), partial(stream, model, text))
     yield f"forward, small, {n:,} tokens, full / infini", full, infini, "s"
 
-def processor():
-    """Return the processor's name, as far as the system tells it."""
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
-    return found[1] if found else platform.processor() or platform.machine()
-
 def main():
     parser = Parser("Measure time and memory beside attention without memory, on the CPU.")
     add = parser.add_argument
     add("--out", type=Path, default=Path("out"), metavar="FOLDER", help="for bench.csv")
+    add("--peer", action="store_true", help="also measure infini-transformer-pytorch 0.2.1")
     add("--threads", type=whole(1, 1024), help="cores to use; without it PyTorch decides")
     args = parser.parse_args()
     set_up(threads=args.threads, out=args.out)
-    print(f"{processor()}, {torch.get_num_threads()} of {os.cpu_count()} cores, "
+    if args.peer and not find_spec("infini_transformer_pytorch"):
+        parser.error("argument --peer: pip install infini-transformer-pytorch==0.2.1 comes first")
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
+    cpu = found[1] if found else platform.processor() or platform.machine()
+    print(f"{cpu}, {torch.get_num_threads()} of {os.cpu_count()} cores, "
           f"PyTorch {torch.__version__}\n{'what':78}{'measured':>22}{'ratio':>17}", flush=True)
     with open(args.out / "bench.csv", "w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(["what", "first", "second", "unit", "ratio"])
-        for what, first, second, unit in measurements(SimpleNamespace(**SIZES)):
+        for what, first, second, unit in measurements(SimpleNamespace(**SIZES), args.peer):
             ratio = first / second if second else math.nan
             print(f"{what:78}{first:10.4g} / {second:<9.4g} {unit:9}{ratio:7.3g}", flush=True)
             rows.writerow([what, first, second, unit, ratio])
