@@ -88,12 +88,14 @@ def test_the_readmes_example_runs():
     assert names["o"].shape == (2, 7, 128) and names["text"].shape == (2, 70)
 
 def test_the_readmes_numbers_are_those_of_the_results():
-    rows = re.findall(r"^\| ([^|]+) \| [^|]+ \| (\d[^|]+(?:\| [^|]+)+) \|$", README, re.MULTILINE)
-    table, rows = dict(rows), {"ours, 138K parameters, `plain`": "plain delta 0",
-                               "ours, `sharp`": "sharp delta 0"}
-    for name, row in rows.items():
-        cells = re.search(rf"^    {row} +(.+)$", RESULTS, re.MULTILINE).group(1).split()
-        assert table[name].split(" | ") == [cells[i] for i in (1, 2, 4, 5)]
+    rows = re.findall(r"^\| (ours|the paper)(?:, `(\w+)`)? \| Linear( . Delta)? \| (\d.+) \|$",
+                      README, re.MULTILINE)
+    for who, way, delta, row in rows:
+        rule = "delta" if delta else "linear"
+        shown = re.search(rf"^    {way} {rule} 0 +(.+)$", RESULTS, re.M) if who == "ours" else None
+        cells = shown[1].split()[1:] if shown else passkey.PAPER[f"400 steps {rule}"].split()
+        assert row.split(" | ") == [cells[i] for i in (0, 1, 3, 4)]
+    assert len(rows) == 6
     for name, cells in passkey.PAPER.items():
         way = "short" if name.startswith("zero-shot") else "sharp"
         ours = RESULTS.index(f"    {way} {name.split()[-1]} 0")
