@@ -1,8 +1,8 @@
-"""What else could keep a key in a long text? Other last stages, at the budget of `sharp`.
+"""What else could keep a key in a long text? Other ways of training, at the budget of `plain`.
 
-    python -m experiments.alternatives --load out/passkey-plain-*-seed0.pt
+    python -m experiments.alternatives --load out/passkey-short-*-seed0.pt
 
-Each goes on from a plain model as `sharp` does, with something else in place of the growth."""
+Each goes on from a short model as `plain` does, with one change."""
 if not __package__:
     raise SystemExit("run it from the project's folder: python -m experiments.alternatives")
 
@@ -13,13 +13,13 @@ import torch
 import passkey
 from train import Parser, run_command, set_up, side_by_side, whole
 
-CHANGES = ["no-growth", "at-once", "own-rate", "temperature"]
+CHANGES = ["at-once", "own-rate", "temperature"]
 
 def changed_loss(change, seed, steps):
-    """Make a loss_of(model, step). no-growth: more of `plain`. at-once: W_Q and W_K are multiplied
+    """Make the loss_of(model, step) of `plain` with one change. at-once: W_Q and W_K are multiplied
     before the first step. own-rate: their learning rate is five times as high. temperature: the
     logits are divided by 3, so that the loss is never quite 0."""
-    plain, before = passkey.way_loss("plain", seed + 1000, steps), []    # inputs that are new
+    plain, before = passkey.way_loss("plain", seed, steps), []
     def loss_of(model, step):
         weights = [w.weight for b in model.blocks for w in (b.attention.w_q, b.attention.w_k)]
         if change == "at-once" and step == 0:
@@ -39,15 +39,15 @@ def changed_loss(change, seed, steps):
 
 def train_change(change, start, rule, seed, steps, out):
     """Train a model with a change. Returns its checkpoint's path."""
-    _, default, _, _, lr, _ = passkey.WAYS["sharp"]
+    _, default, _, _, lr, _ = passkey.WAYS["plain"]
     n = steps or default
     return passkey.train_one(change, rule, seed, changed_loss(change, seed, n), n, lr, out, start)
 
 def main():
     parser = Parser("Train for the pass key in ways that are not ours, and look for keys.")
     add = parser.add_argument
-    add("--load", type=Path, nargs="+", required=True, metavar="FILE", help="plain models")
-    add("--steps", type=whole(1), help="steps of training; without it those of sharp")
+    add("--load", type=Path, nargs="+", required=True, metavar="FILE", help="short models")
+    add("--steps", type=whole(1), help="steps of training; without it those of plain")
     add("--lengths", type=passkey.listed(passkey.length), default="1K,32K,128K", help="in tokens")
     add("--keys", type=whole(1, 500), default=20, help="keys per cell")
     add("--out", type=Path, default=Path("out"), metavar="FOLDER", help="for all files")
@@ -57,8 +57,8 @@ def main():
     jobs = []
     for path in args.load:
         _, (way, rule, seed), _ = passkey.load_for_table(path)
-        if way != "plain":
-            raise ValueError(f"--load was {path}, a {way} model, must be a plain one")
+        if way != "short":
+            raise ValueError(f"--load was {path}, a {way} model, must be a short one")
         jobs += [(change, path, rule, seed, args.steps, args.out) for change in CHANGES]
     paths = [*side_by_side(train_change, jobs)]
     passkey.table(paths, args.lengths, [0], args.keys, 1234, "cpu", args.out / "alternatives.csv")
