@@ -17,7 +17,7 @@ from matplotlib.colors import to_rgba
 import infini
 import passkey
 import train
-from experiments import alternatives, bench, compare, curves, gates, plug, recall, sharpness, texts
+from experiments import bench, compare, curves, gates, plug, recall, sharpness, texts
 from infini import InfiniConfig, InfiniTransformer
 from passkey import one_key
 from test_infini import KINDS, RULES, SMALL, make, o_sigma, same
@@ -222,7 +222,7 @@ def test_recall_is_from_the_memory_alone_and_a_mean_over_seeds(tmp_path, monkeyp
     assert len(rows_of(tmp_path / "recall.csv")) == 1 + 8 * 6
     assert 22 < recall.held([100, 100, 80, 0, 0, 0]) < 23 and recall.held([95] * 6) == 256
 
-# --- sharpness, alternatives, texts --------------------------------------------------------------
+# --- sharpness and texts -------------------------------------------------------------------------
 @pytest.mark.parametrize("factors", [{}, dict(q=3), dict(k=3)])
 def test_sharpness_weighs_the_needle_against_a_token_of_hay_for_each_digit(factors):
     torch.manual_seed(0)
@@ -268,37 +268,6 @@ def test_sharpness_takes_the_best_head_of_the_worst_digit_and_scales_w_q_and_w_k
         assert row == pytest.approx(values, rel=1e-3)
     drawn = [float(row[2]) for row in rows_of(tmp_path / "sharpness.csv")[1:]]
     same(np.array(drawn) / 1000, np.concatenate(curves), 1e-5)
-
-def test_alternatives_have_one_change_each_and_the_budget_of_plain(tmp_path, monkeypatch, command):
-    def listen(model, loss_of, steps, path, lr, gate_lr, resume, settings):
-        done.append((path.stem, steps, lr, gate_lr))
-        start = model.blocks[1].attention.w_k.weight.detach().clone()
-        for step in range(2):
-            loss_of(model, step)    # which calls seen()
-            expected = {"at-once": 4 * start + step, "own-rate": start + 5 * step}
-            same(weights.pop(), expected.get(path.stem[8:-12], start + step), 1e-4)
-            with torch.no_grad():
-                for w in model.parameters():
-                    w += 1    # what a step does
-        save(path, model, training=settings["training"], seed=3)
-    def seen(model, *_):
-        weights.append(model.blocks[1].attention.w_k.weight.detach().clone())
-        hook = model.head.register_forward_hook(lambda head, given, out: weights.append(out))
-        out, _ = model(torch.tensor([[1, 2]]))
-        hook.remove()
-        divided.append((weights.pop() / out).mean().item())
-    done, weights, divided = [], [], []
-    monkeypatch.setattr(passkey, "train", listen)
-    monkeypatch.setattr(passkey, "plain_loss", seen)
-    start = save_model(tmp_path / "s.pt", "short", 3, update="delta")
-    options = ["--lengths", 64, "--keys", 1, "--out", tmp_path, "--threads", 1]
-    code, out, _ = command(alternatives.main, "--load", start, *options)
-    names = ["at-once", "own-rate", "temperature"]
-    assert code == 0 and re.findall(r"^(\S+) delta 3 ", out, re.M) == names
-    assert done == [(f"passkey-{name}-delta-seed3", 1600, 2e-3, 5e-3) for name in names]
-    assert divided == pytest.approx([1] * 4 + [3] * 2)
-    plain = save_model(tmp_path / "a.pt", "plain", 3)
-    assert command(alternatives.main, "--load", plain, *options)[0] == 2
 
 def test_texts_differ_from_the_papers_in_one_thing_each(tmp_path, monkeypatch, command):
     path, asked = save_model(tmp_path / "a.pt", seed=2), []
