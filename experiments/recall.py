@@ -17,6 +17,7 @@ from torch import nn
 import train
 from experiments.curves import draw_lines
 from infini import InfiniAttention, InfiniConfig
+from train import Parser, run_command, set_up, side_by_side, whole
 
 SYMBOLS, PAIRS = 512, [8, 16, 32, 64, 128, 256]
 
@@ -64,32 +65,25 @@ def train_one(rule, d_key, twice, seed, steps):
         return torch.stack([right[new].mean(), right[~new].mean()])
     return torch.stack([recall(n) for n in PAIRS], 1)
 
-def held(recall):
-    """Return how many pairs are held at 90%, on a line between two of PAIRS. 0: not even 8."""
-    for i, (n, share) in enumerate(zip(PAIRS, recall)):
-        if share < 90:
-            return PAIRS[i - 1] * 2 ** ((recall[i - 1] - 90) / (recall[i - 1] - share)) if i else 0
-    return n
-
 def main():
-    parser = train.Parser("Measure how many pairs a memory holds, and if it can replace a value.")
+    parser = Parser("Measure how many pairs a memory holds, and if it can replace a value.")
     add = parser.add_argument
     add("--quick", action="store_true", help="two small sizes, one seed, fewer steps")
     add("--out", type=Path, default=Path("out"), metavar="FOLDER", help="for the picture")
-    add("--threads", type=train.whole(1, 1024), help="cores to use; without it PyTorch decides")
+    add("--threads", type=whole(1, 1024), help="cores to use; without it PyTorch decides")
     args = parser.parse_args()
-    train.set_up(threads=args.threads, out=args.out)
+    set_up(threads=args.threads, out=args.out)
     d_keys, seeds, steps = ([16, 32], 1, 400) if args.quick else ([16, 32, 64, 128], 3, 1000)
     models = [(rule, d, twice) for twice in (False, True) for rule in ("linear", "delta")
               for d in (d_keys[1:2] if twice else d_keys)]
     jobs = [(*model, seed, steps) for model in models for seed in range(seeds)]
-    results, curves = train.side_by_side(train_one, jobs), {}
-    print("Recall in % of n pairs" + "".join(f"{n:>9}" for n in [*PAIRS, "90% at"]))
+    results, curves = side_by_side(train_one, jobs), {}
+    train.say(f"{len(jobs)} models are trained; a row comes when its {seeds} are ready")
+    print("Recall in % of n pairs" + "".join(f"{n:>9}" for n in PAIRS))
     for rule, d_key, twice in models:
         recalls = torch.stack([next(results) for _ in range(seeds)], 1)    # (2, seeds, lengths)
         for recall, what in zip(recalls[0 if twice else 1:], (", replaced", ", others")):
-            columns = [*recall.T, torch.tensor([float(held(row)) for row in recall.tolist()])]
-            cells = [f"{x.mean():.0f}" + f"+-{x.std():.0f}" * (seeds > 1) for x in columns]
+            cells = [f"{x.mean():.0f}" + f"+-{x.std():.0f}" * (seeds > 1) for x in recall.T]
             print(f"{rule} {d_key}{what * twice}".ljust(22)
                   + "".join(f"{x:>9}" for x in cells), flush=True)
         if not twice:
@@ -97,4 +91,4 @@ def main():
     draw_lines(curves, args.out / "recall.png", "pairs in the memory", "recall (%)")
 
 if __name__ == "__main__":
-    train.run_command(main)
+    run_command(main)

@@ -216,11 +216,9 @@ def test_recall_is_from_the_memory_alone_and_a_mean_over_seeds(tmp_path, monkeyp
     code, out, _ = command(recall.main, "--out", tmp_path, "--threads", 1)
     rows = {line[:22].strip(): line[22:].split() for line in out.splitlines()[1:]}
     assert code == 0 and len(rows) == 12
-    assert rows["linear 16"] == ["100+-0", "100+-0", "80+-0", "61+-1", "0+-0", "0+-0", "23+-0"]
-    assert rows["delta 128"][0] == "70+-10" and rows["delta 128"][-1] == "0+-0"
-    assert rows["delta 32, replaced"] == ["42+-0"] * 6 + ["0+-0"]
+    assert rows["linear 16"] == ["100+-0", "100+-0", "80+-0", "61+-1", "0+-0", "0+-0"]
+    assert rows["delta 128"][0] == "70+-10" and rows["delta 32, replaced"] == ["42+-0"] * 6
     assert len(rows_of(tmp_path / "recall.csv")) == 1 + 8 * 6
-    assert 22 < recall.held([100, 100, 80, 0, 0, 0]) < 23 and recall.held([95] * 6) == 256
 
 # --- sharpness and texts -------------------------------------------------------------------------
 @pytest.mark.parametrize("factors", [{}, dict(q=3), dict(k=3)])
