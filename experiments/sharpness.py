@@ -85,9 +85,11 @@ def main():
         for name, row in rows.items():
             passkey.print_row(name, [f"{half / 1000:,.4g}" for half in row])
             curves.setdefault(name, []).append(row)
-    draw_lines({name: (FACTORS, torch.tensor(rows).log().mean(0).exp())    # a mean over seeds
-                for name, rows in curves.items() if "times" in name},
-               args.out / "sharpness.png", "factor", "half length (tokens)", "linear", "log")
+    lines = {name: (FACTORS, torch.tensor(rows).log().mean(0).exp())    # a mean over seeds
+             for name, rows in curves.items() if "times" in name}
+    if lines:    # of plain models
+        draw_lines(lines, args.out / "sharpness.png", "factor", "half length (tokens)", "linear",
+                   "log")
 
 if __name__ == "__main__":
     run_command(main)
