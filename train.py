@@ -118,8 +118,10 @@ def schedule(step, steps, warmup, final=0.1):
     cosine = (1 + math.cos(math.pi * step / steps)) / 2
     return min(1, (step + 1) / warmup) * (final + (1 - final) * cosine)
 
-def take_step(model, optimizer, loss, clip=1.0):
-    """Go backward, clip the gradient's norm, and step if all is finite. Returns loss and norm."""
+def take_step(model, optimizer, loss, clip=1.0, share=1.0):
+    """Clip the gradient, step with a share of the peak rates if finite. Returns loss and norm."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * share
     optimizer.zero_grad()
     loss.backward()
     value, norm = loss.item(), torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item()
@@ -146,10 +148,8 @@ def train(model, loss_of, steps, path, lr, gate_lr, weight_decay=0.0, warmup=50,
     progress = Progress(Path(path).stem, len(losses), steps)
     with interrupts() as interrupted:
         for step in range(len(losses), steps):
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * schedule(step, steps, warmup)
             loss, n_tokens, shown = loss_of(model, step)
-            value, norm = take_step(model, optimizer, loss, clip)
+            value, norm = take_step(model, optimizer, loss, clip, schedule(step, steps, warmup))
             if not math.isfinite(value + norm):
                 raise ValueError(f"loss was {value}, its gradient {norm} at step {step + 1}")
             losses.append(value)

@@ -30,11 +30,9 @@ from train import KINDS, Parser, make_optimizer, run_command, set_up, take_step,
 
 PAPER_LAYER = dict(d_model=1024, n_heads=8, d_key=128, d_value=128, segment_len=2048)
 SIZES = dict(rows=((16, 64), (9, 112), (4, 256)),    # (batch, tokens) of small steps, timed as one
-             paper_tokens=16384, parallel_tokens=8192, full_tokens=2 ** 15, repeats=5,
-             near=2 ** 15, far=2 ** 20, early=100, late=10 ** 5, new_tokens=320, segments=64,
-             peer=(16, 512))
+             paper_tokens=16384, parallel_tokens=8192, full_tokens=2 ** 15, repeats=5, segments=64,
+             near=2 ** 15, far=2 ** 20, early=100, late=10 ** 5, new_tokens=320, peer=(16, 512))
 
-# --- Time ----------------------------------------------------------------------------------------
 def medians(repeats, *actions):
     """Time each action several times, in turns, so that whatever else the machine does slows all
     of them alike. Returns the median seconds of each."""
@@ -81,9 +79,15 @@ def peer_of(ours):
         return torch.cat(outputs, 1), memory
     return read
 
+def told_by_linux(name, pattern):
+    """Return what a file of /proc says where the pattern matches, or None on other systems."""
+    file = Path("/proc", name)
+    found = re.search(pattern, file.read_text()) if file.exists() else None
+    return found and found[1]
+
 def peak_memory():
-    """Return the most memory that this process has used so far, in MB. Linux only."""
-    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2 ** 10
+    """Return the most memory that this process has used so far, in MB. Linux only, else nan."""
+    return float(told_by_linux("self/status", r"VmHWM:\s+(\d+)") or math.nan) / 2 ** 10
 
 def streaming_peak(length):
     """Return the MB that a process needs to read `length` tokens."""
@@ -104,11 +108,10 @@ def in_new_process(function, *args):
 
 def measurements(b, peer):
     """Measure. Yields what it is, two values and their unit. b: SIZES, as attributes."""
-    if Path("/proc/self/status").exists():
-        far, near = (in_new_process(streaming_peak, n) for n in (b.far, b.near))
-        yield "peak memory, streaming 1M / 32K tokens", far, near, "MB"
-        on, off = (in_new_process(training_peak, on, b.segments) for on in (True, False))
-        yield f"peak memory, training, {b.segments} segments, checkpoint / without", on, off, "MB"
+    far, near = (in_new_process(streaming_peak, n) for n in (b.far, b.near))
+    yield "peak memory, streaming 1M / 32K tokens", far, near, "MB"
+    on, off = (in_new_process(training_peak, on, b.segments) for on in (True, False))
+    yield f"peak memory, training, {b.segments} segments, checkpoint=True / without", on, off, "MB"
     kinds = [KINDS[kind] for kind in ("local", "linear", "delta")]
     models = [InfiniTransformer(model_config(**kind)).eval() for kind in kinds]
     layers = [InfiniAttention(InfiniConfig(**PAPER_LAYER, **kind)) for kind in kinds]
@@ -138,7 +141,6 @@ def measurements(b, peer):
                                             for form in ("parallel", "recurrent")))
     yield (f"training speed, small, Linear, {n:,} tokens, parallel / recurrent",
            n / at_once, n / in_turn, "tokens/s")
-
     model, full = (InfiniTransformer(model_config(**kind)).eval() for kind in ({}, KINDS["full"]))
     text, n = random_tokens(1, b.far), b.near
     states = [stream(model, text[:, :n])[1] for n in (b.far, b.near, b.late, b.early)]
@@ -162,10 +164,8 @@ def main():
     set_up(threads=args.threads, out=args.out)
     if args.peer and not find_spec("infini_transformer_pytorch"):
         parser.error("argument --peer: pip install infini-transformer-pytorch==0.2.1 comes first")
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
-    cpu = found[1] if found else platform.processor() or platform.machine()
-    print(f"{cpu}, {torch.get_num_threads()} of {os.cpu_count()} cores, "
+    cpu = told_by_linux("cpuinfo", r"model name\s*: (.+)") or platform.processor()
+    print(f"{cpu or platform.machine()}, {torch.get_num_threads()} of {os.cpu_count()} cores, "
           f"PyTorch {torch.__version__}\n{'what':78}{'measured':>22}{'ratio':>17}", flush=True)
     with open(args.out / "bench.csv", "w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)

@@ -52,12 +52,10 @@ def train_one(rule, d_key, twice, seed, steps):
     optimizer = train.make_optimizer(model, 5e-3, 1e-2)
     sizes = [n for n in PAIRS if n <= 2 * d_key]
     for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * train.schedule(step, steps, warmup=50)
         n = sizes[step // 2 % len(sizes)] if step % 2 else sizes[-1]
         *given, values, _ = draw(n, 1024 // n, generator, twice)
-        logits = model(*given).flatten(0, 1)
-        train.take_step(model, optimizer, F.cross_entropy(logits, values.flatten()))
+        loss = F.cross_entropy(model(*given).flatten(0, 1), values.flatten())
+        train.take_step(model, optimizer, loss, share=train.schedule(step, steps, warmup=50))
     @torch.no_grad()
     def recall(n):
         *given, values, new = draw(n, 8192 // n, generator, twice)
