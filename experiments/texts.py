@@ -16,6 +16,7 @@ TEXTS = {    # what it is, needle, hay, digits of a key if not as in training
     "paper": ("the paper's text", NEEDLE, "paper", None),
     "words": ("random words of the prompt instead of sentences", NEEDLE, "words", None),
     "6-digits": ("keys of six digits", NEEDLE, "paper", 6),
+    "border": ("at 1K the answer begins a segment", f"{NEEDLE} Here we go.", "paper", None),
     "decoy": ("a second number behind the key", f"{NEEDLE} {HAY} {DECOY}", "paper", None),
     "twice": ("the needle twice, a paragraph apart", f"{NEEDLE} {HAY} {NEEDLE}", "paper", None)}
 

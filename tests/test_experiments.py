@@ -276,7 +276,7 @@ def test_texts_differ_from_the_papers_in_one_thing_each(tmp_path, monkeypatch, c
         [passkey.Found(n, depth, 0.25, 0.0) for n in lengths for depth in depths])[1])
     options = ["--lengths", "1K,8K", "--depths", "0,25", "--keys", 3, "--eval-seed", 7]
     code, out, _ = command(texts.main, "--load", path, *options, "--out", tmp_path, "--threads", 1)
-    names, end = ["paper", "words", "6-digits", "decoy", "twice"], " is the blue info."
+    names, end = ["paper", "words", "6-digits", "border", "decoy", "twice"], " is the blue info."
     assert code == 0 and re.findall(r"^([\w-]+): ", out, re.M) == names
     keys = passkey.draw_keys(random.Random("evaluation 7"), 3, 4, held_out=True)
     for name, (tasks, *rest) in zip(names, asked[::2], strict=True):    # others: beyond 32K
@@ -287,8 +287,11 @@ def test_texts_differ_from_the_papers_in_one_thing_each(tmp_path, monkeypatch, c
             decoy = f" {passkey.HAY} The blue info is {key[::-1]}. Find it. {key[::-1]}{end}"
             assert passkey.is_held_out(key) and question == passkey.QUESTION
             told = f"The pass key is {key}. Remember it. {key} is the pass key."
-            more = dict(decoy=decoy, twice=f" {passkey.HAY} {told}").get(name, "")
-            assert needle == told + more and len(passkey.encode(needle))
+            more = {"border": " Here we go.", "decoy": decoy, "twice": f" {passkey.HAY} {told}"}
+            assert needle == told + more.get(name, "") and len(passkey.encode(needle))
+        n_hay = passkey.PARAGRAPH * passkey.paragraphs(1024, tasks[0])
+        question = len(passkey.write_input(tasks[0], passkey.encode(""), 0)[:-len(key)]) + n_hay
+        assert (question % 32 == 0) == (name in ("border", "6-digits"))    # at 1K
         rows = rows_of(tmp_path / f"texts-{name}.csv")
         assert len(rows) == 1 + 4 and rows[1][:3] == ["short", "delta", "2"]
 
