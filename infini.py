@@ -139,7 +139,7 @@ def normaliser(sx, z):
 
 def retrieve(q, memory):
     """Read the memory, Eq. 7. The read is a mean of all values, weighted by sigma(q) sigma(k)^T.
-    q: (..., T, d_key), without position embeddings (section 4.1). Returns (..., T, d_value)."""
+    q: (..., T, d_key), without position embeddings (paper, 4.1). Returns (..., T, d_value)."""
     sq = sigma(q)
     with full_precision(sq):
         return sq @ memory.M / normaliser(sq, memory.z)

@@ -6,7 +6,8 @@
 The prompt is the paper's (appendix B), word for word. A token is a word, a punctuation mark or a
 digit; the prompt needs 53. Evaluation keys never occur in training.
 Departure: the paper trains on its own prompt only. Here half of the hay or more is other text, and
-some keys have 3, 5 or 6 digits. A model that sees one paragraph only learns to ignore that one."""
+some keys have 3, 5 or 6 digits. A model that sees one paragraph only learns to ignore that one.
+No digit is asked of a segment's first token, which sees only itself."""
 import csv
 import math
 import os
@@ -34,7 +35,7 @@ WAYS = {    # goes on from, steps, tokens of the longest input, tokens per step,
     "local": (None, 4000, 256, 1024, 4e-3, 1),        # the control, a model without memory
     "short": (None, 4000, 256, 1024, 4e-3, 1),        # long inputs alone would teach nothing
     "plain": ("short", 1600, 5000, 2048, 2e-3, 1),    # inputs of up to 5K tokens, as in the paper
-    "sharp": ("short", 1600, 5000, 2048, 2e-3, 4)}    # the same, while W_Q and W_K grow fourfold
+    "sharp": ("plain", 1600, 5000, 2048, 2e-3, 4)}    # the same, while W_Q and W_K grow fourfold
 PAPER_LENGTHS = [2 ** 15, 2 ** 17, 2 ** 18, 2 ** 19, 2 ** 20]
 PAPER = {    # Table 3 at these lengths: digits right in %, key at the start/middle/end
     "zero-shot linear": "14/13/98 11/14/100 6/3/100 6/7/99 8/6/98",
@@ -125,10 +126,14 @@ def plain_loss(model, rng, longest, tokens_per_step, kinds):
     """Compute the loss on inputs of one random length, log-uniform up to `longest` tokens. Half of
     the needles stand at the very end. Returns loss, tokens read, numbers to show."""
     n_tokens = int(SHORTEST * (longest / SHORTEST) ** rng.random())
-    digits = rng.choice([DIGITS, DIGITS, rng.randint(3, 6)])
+    digits, N = rng.choice([DIGITS, DIGITS, rng.randint(3, 6)]), model.config.segment_len
     keys = draw_keys(rng, max(1, tokens_per_step // n_tokens), digits, held_out=False)
     tasks = [one_key(key) for key in keys]
-    n_hay = max(0, n_tokens - len(write_input(tasks[0], encode(""), 0)))
+    n_other = len(write_input(tasks[0], encode(""), 0))
+    n_hay = max(0, n_tokens - n_other)
+    begin = (n_other + n_hay - digits) % N    # the answer's place in its segment
+    if not 2 <= begin <= N + 1 - digits:      # a first token would be asked
+        n_hay += (2 - begin) % N
     before = [rng.choice([n_hay, rng.randint(0, n_hay)]) for _ in tasks]
     inputs = torch.stack([write_input(task, draw_hay(rng, n_hay, kinds), n)
                           for task, n in zip(tasks, before)]).to(model.embedding.weight.device)
@@ -145,12 +150,12 @@ def sharpen(model, factor):
 
 def way_loss(way, seed, steps):
     """Make a way's loss_of(model, step). Without a start, inputs grow for 30% of the steps. In the
-    first half of a way that sharpens, W_Q and W_K grow a little before each step."""
+    first 90% of a way that sharpens, W_Q and W_K grow a little before each step."""
     start, _, longest, tokens_per_step, _, sharper = WAYS[way]
     kinds = ["paper", "shuffled", "words", "words" if start else "paper"]
     def loss_of(model, step):
-        if step < steps / 2:
-            sharpen(model, sharper ** (2 / steps))
+        if step < 0.9 * steps:
+            sharpen(model, sharper ** (1 / (0.9 * steps)))
         grown = 1 if start else min(1, step / steps / 0.3)
         return plain_loss(model, random.Random(f"{seed} after {start}/{step}"),
                           SHORTEST * (longest / SHORTEST) ** grown, tokens_per_step, kinds)
@@ -168,10 +173,11 @@ def train_one(way, rule, seed, loss_of, steps, lr, out, start=None, device="cpu"
 
 def train_ways(rule, ways, seed, steps, out, device, resume):
     """Train those of the ways that fit the rule; "-" is local's. Returns the checkpoints' paths."""
-    paths = {}
+    paths, wanted = {}, {*ways}
+    for way in reversed(WAYS):    # what a way goes on from is trained, too
+        wanted |= {WAYS[way][0]} if way in wanted else set()
     for way, (start, default, _, _, lr, _) in WAYS.items():
-        wanted = way in ways or any(WAYS[other][0] == way for other in ways)
-        if wanted and (way == "local") == (rule == "-"):
+        if way in wanted and (way == "local") == (rule == "-"):
             n, start = steps or default, paths.get(start)
             paths[way] = train_one(way, rule, seed, way_loss(way, seed, n), n, lr, out, start,
                                    device, resume)

@@ -60,7 +60,7 @@ def test_the_prompt_is_the_papers_word_for_word():
 # --- Training ------------------------------------------------------------------------------------
 def shown(way, steps, seed=0, of=100):    # inputs, without the last digit, a target only
     model = Mock(side_effect=lambda tokens: (torch.zeros(*tokens.shape, 53).requires_grad_(), None),
-                 blocks=[])
+                 blocks=[], config=passkey.model_config())
     model.embedding.weight.device = "cpu"
     for step in steps:
         _, n_tokens, _ = passkey.way_loss(way, seed, of)(model, step)
@@ -89,8 +89,8 @@ def test_keys_depths_and_hay_differ_from_step_to_step_and_seed_to_seed_and_repea
              for step, seed in ((41, 0), (43, 0), (41, 1), (1, 41))]
     keys = [set(keys_in(inputs)) for inputs in drawn]
     assert sum(map(len, keys)) == len(set.union(*keys)) and len(keys[0]) > 3
-    for ways in (("local", "short", "short"), ("plain", "sharp")):    # one difference only
-        assert len({next(shown(way, [41])).numpy().tobytes() for way in ways}) == 1
+    inputs = {next(shown(way, [41])).numpy().tobytes() for way in ("local", "short", "short")}
+    assert len(inputs) == 1    # the memory is their only difference
     for way, most in (("short", 0.5), ("plain", 0.25)):    # of the hay is the paper's paragraph
         rows = [row for inputs in shown(way, range(50, 150)) for row in inputs if len(row) > 140]
         pure = [text_of(row).count(PARAGRAPH.strip()) > len(row) // 24 - 6 for row in rows]
@@ -106,11 +106,13 @@ def test_keys_depths_and_hay_differ_from_step_to_step_and_seed_to_seed_and_repea
 def test_inputs_are_as_long_as_asked_with_needles_anywhere_and_half_at_the_end(
         way, longest, tokens, n):
     places, lengths, starts = [], [], []
-    for inputs in shown(way, range(n), of=n):
+    for inputs, digits in ((x, len(keys_in(x)[0])) for x in shown(way, range(n), of=n)):
         lengths.append(inputs.shape[1] + 1)
-        empty = write_input(one_key("0" * len(keys_in(inputs)[0])), encode(""), 0).tolist()
+        assert 2 <= (lengths[-1] - digits) % 32 <= 33 - digits    # no first token is asked
+        empty = write_input(one_key("0" * digits), encode(""), 0).tolist()
         assert lengths[-1] <= longest    # 64 are not enough for six digits
-        assert abs(len(inputs) - max(1, tokens // lengths[-1])) <= 2 * (lengths[-1] < 80)
+        most, least = (max(1, tokens // (lengths[-1] - more)) for more in (8, 0))
+        assert least <= len(inputs) <= most    # up to 8 tokens more keep the answer off the border
         for row in inputs.tolist() if lengths[-1] > 140 else []:
             first = next(i for i, token in enumerate(row) if token in DIGITS)
             places.append((first - empty.index(DIGITS[0])) / (lengths[-1] - len(empty)))
@@ -123,18 +125,17 @@ def test_inputs_are_as_long_as_asked_with_needles_anywhere_and_half_at_the_end(
     assert shares.sum() == pytest.approx(1) and shares[:3].min() > 0.08 and 0.45 < shares[4] < 0.58
     assert len(set(starts)) == 32    # at every place in a segment
 
-def test_w_q_and_w_k_grow_fourfold_in_the_first_half_of_sharp_and_else_in_no_way():
+def test_w_q_and_w_k_grow_fourfold_in_the_first_90_percent_of_sharp_and_else_in_no_way():
     for way, factor in (("local", 1), ("short", 1), ("plain", 1), ("sharp", 4)):
         model = new_model("local" if way == "local" else "infini-linear")
         before, loss_of = deepcopy(model.state_dict()), passkey.way_loss(way, 0, 10)
         with patch("passkey.plain_loss"):
             for step in range(10):
                 loss_of(model, step)
-                grown = factor ** (min(step + 1, 5) / 5)
+                grown = factor ** (min(step + 1, 9) / 9)
                 for name, weights in model.state_dict().items():
                     scale = grown if "w_q" in name or "w_k" in name else 1
                     assert torch.allclose(weights, scale * before[name], rtol=1e-5)
-    assert "blocks.1.attention.w_q.weight" in before
 
 def test_only_the_digits_of_the_answer_count_in_the_loss():
     logits = torch.randn(2, 70, 53, generator=torch.Generator().manual_seed(0)).requires_grad_()
@@ -163,11 +164,10 @@ def test_each_way_is_trained_as_the_docstring_says(tmp_path, monkeypatch):
     assert done == [
         ("local", "delta", 4000, 4e-3, 1e-2, True), ("infini", "linear", 4000, 4e-3, 1e-2, True),
         ("infini", "linear", 1600, 2e-3, 5e-3, True), ("infini", "linear", 1600, 2e-3, 5e-3, True),
-        ("infini", "delta", 3, 4e-3, 1e-2, True), ("infini", "delta", 3, 2e-3, 5e-3, True)]
-    fresh, ways = new_model(seed=5), ["local", "short", "plain", "sharp", "short", "sharp"]
+        ("infini", "delta", 3, 4e-3, 1e-2, True), *[("infini", "delta", 3, 2e-3, 5e-3, True)] * 2]
+    fresh, ways = new_model(seed=5), [*passkey.WAYS, "short", "plain", "sharp"]
     for way, (start, settings) in zip(ways, starts, strict=True):
-        on = way in ("plain", "sharp")    # where "short" ended
-        assert torch.equal(start, fresh.head.weight + on)
+        assert torch.allclose(start, fresh.head.weight + dict(plain=1, sharp=2).get(way, 0))
         assert settings == dict(training=way, seed=5, digits=4)
     assert sum(p.numel() for p in fresh.parameters()) // 1000 == 138
 
@@ -287,7 +287,8 @@ def test_the_models_in_assets_find_keys_that_they_have_never_seen(tmp_path, comm
     paths = [Path(passkey.__file__).with_name("assets") / f"passkey-{rule}.pt" for rule in RULES]
     assert [train.load_model(path)[0].config.update for path in paths] == RULES
     code, out, _ = command(passkey.main, "--load", *paths, "--out", tmp_path, "--lengths", "300,1K")
-    assert code == 0 and out.count("100/100/100") == 4 and all(f" {rule} " in out for rule in RULES)
+    shares = [int(n) for cell in re.findall(r"\d+/\d+/\d+", out) for n in cell.split("/")]
+    assert code == 0 and len(shares) == 12 and min(shares) >= 98 and all(r in out for r in RULES)
 
 def test_two_rules_trained_side_by_side_are_those_trained_one_after_the_other(
         tmp_path, command, monkeypatch):
