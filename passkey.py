@@ -175,7 +175,8 @@ def train_ways(rule, ways, seed, steps, out, device, resume):
     """Train those of the ways that fit the rule; "-" is local's. Returns the checkpoints' paths."""
     paths, wanted = {}, {*ways}
     for way in reversed(WAYS):    # what a way goes on from is trained, too
-        wanted |= {WAYS[way][0]} if way in wanted else set()
+        if way in wanted:
+            wanted.add(WAYS[way][0])
     for way, (start, default, _, _, lr, _) in WAYS.items():
         if way in wanted and (way == "local") == (rule == "-"):
             n, start = steps or default, paths.get(start)

@@ -289,9 +289,8 @@ def test_texts_differ_from_the_papers_in_one_thing_each(tmp_path, monkeypatch, c
             told = f"The pass key is {key}. Remember it. {key} is the pass key."
             more = {"border": " Here we go.", "decoy": decoy, "twice": f" {passkey.HAY} {told}"}
             assert needle == told + more.get(name, "") and len(passkey.encode(needle))
-        n_hay = passkey.PARAGRAPH * passkey.paragraphs(1024, tasks[0])
-        question = len(passkey.write_input(tasks[0], passkey.encode(""), 0)[:-len(key)]) + n_hay
-        assert (question % 32 == 0) == (name in ("border", "6-digits"))    # at 1K
+        text = passkey.INTRO + needle + passkey.HAY * passkey.paragraphs(1024, tasks[0]) + question
+        assert (len(passkey.encode(text)) % 32 == 0) == (name in ("border", "6-digits"))    # at 1K
         rows = rows_of(tmp_path / f"texts-{name}.csv")
         assert len(rows) == 1 + 4 and rows[1][:3] == ["short", "delta", "2"]
 

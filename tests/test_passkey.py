@@ -111,8 +111,7 @@ def test_inputs_are_as_long_as_asked_with_needles_anywhere_and_half_at_the_end(
         assert 2 <= (lengths[-1] - digits) % 32 <= 33 - digits    # no first token is asked
         empty = write_input(one_key("0" * digits), encode(""), 0).tolist()
         assert lengths[-1] <= longest    # 64 are not enough for six digits
-        most, least = (max(1, tokens // (lengths[-1] - more)) for more in (8, 0))
-        assert least <= len(inputs) <= most    # up to 8 tokens more keep the answer off the border
+        assert max(1, tokens // lengths[-1]) <= len(inputs) <= max(1, tokens // (lengths[-1] - 8))
         for row in inputs.tolist() if lengths[-1] > 140 else []:
             first = next(i for i, token in enumerate(row) if token in DIGITS)
             places.append((first - empty.index(DIGITS[0])) / (lengths[-1] - len(empty)))
@@ -136,6 +135,7 @@ def test_w_q_and_w_k_grow_fourfold_in_the_first_90_percent_of_sharp_and_else_in_
                 for name, weights in model.state_dict().items():
                     scale = grown if "w_q" in name or "w_k" in name else 1
                     assert torch.allclose(weights, scale * before[name], rtol=1e-5)
+    assert "blocks.1.attention.w_q.weight" in before
 
 def test_only_the_digits_of_the_answer_count_in_the_loss():
     logits = torch.randn(2, 70, 53, generator=torch.Generator().manual_seed(0)).requires_grad_()
@@ -167,7 +167,7 @@ def test_each_way_is_trained_as_the_docstring_says(tmp_path, monkeypatch):
         ("infini", "delta", 3, 4e-3, 1e-2, True), *[("infini", "delta", 3, 2e-3, 5e-3, True)] * 2]
     fresh, ways = new_model(seed=5), [*passkey.WAYS, "short", "plain", "sharp"]
     for way, (start, settings) in zip(ways, starts, strict=True):
-        assert torch.allclose(start, fresh.head.weight + dict(plain=1, sharp=2).get(way, 0))
+        assert torch.equal(start, sum([1] * dict(plain=1, sharp=2).get(way, 0), fresh.head.weight))
         assert settings == dict(training=way, seed=5, digits=4)
     assert sum(p.numel() for p in fresh.parameters()) // 1000 == 138
 
@@ -288,7 +288,8 @@ def test_the_models_in_assets_find_keys_that_they_have_never_seen(tmp_path, comm
     assert [train.load_model(path)[0].config.update for path in paths] == RULES
     code, out, _ = command(passkey.main, "--load", *paths, "--out", tmp_path, "--lengths", "300,1K")
     shares = [int(n) for cell in re.findall(r"\d+/\d+/\d+", out) for n in cell.split("/")]
-    assert code == 0 and len(shares) == 12 and min(shares) >= 98 and all(r in out for r in RULES)
+    assert code == 0 and shares.count(100) >= 11 and min(shares) >= 98 and len(shares) == 12
+    assert all(f" {rule} " in out for rule in RULES)
 
 def test_two_rules_trained_side_by_side_are_those_trained_one_after_the_other(
         tmp_path, command, monkeypatch):
