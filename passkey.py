@@ -32,11 +32,10 @@ NEEDLE = "The pass key is {0}. Remember it. {0} is the pass key."
 QUESTION = "What is the pass key? The pass key is"
 DIGITS, SHORTEST = 4, 64    # of a key; tokens of a training input
 WAYS = {    # goes on from, steps, tokens of the longest input, tokens per step, rate, sharper
-    "local": (None, 2500, 256, 1024, 4e-3, 1),       # the control, a model without memory
-    "short": (None, 2500, 256, 1024, 4e-3, 1),       # long inputs alone would teach nothing
-    "long": ("short", 700, 5000, 2048, 2e-3, 1),     # inputs of up to 5K tokens, as in the paper
-    "plain": ("long", 1800, 5000, 2048, 2e-3, 1),    # more of these
-    "sharp": ("long", 1800, 5000, 2048, 2e-3, 4)}    # the same, while W_Q and W_K grow fourfold
+    "local": (None, 4000, 256, 1024, 4e-3, 1),        # the control, a model without memory
+    "short": (None, 4000, 256, 1024, 4e-3, 1),        # long inputs alone would teach nothing
+    "plain": ("short", 1600, 5000, 2048, 2e-3, 1),    # inputs of up to 5K tokens, as in the paper
+    "sharp": ("plain", 1600, 5000, 2048, 2e-3, 4)}    # the same, while W_Q and W_K grow fourfold
 PAPER_LENGTHS = [2 ** 15, 2 ** 17, 2 ** 18, 2 ** 19, 2 ** 20]
 PAPER = {    # Table 3 at these lengths: digits right in %, key at the start/middle/end
     "zero-shot linear": "14/13/98 11/14/100 6/3/100 6/7/99 8/6/98",
@@ -337,7 +336,7 @@ def main():
     add("--load", type=Path, nargs="+", metavar="FILE", help="only look, with these checkpoints")
     add("--training", default="local,short,plain,sharp", help="see WAYS")
     add("--rule", choices=["linear", "delta", "both"], default="both", help="rule of the memory")
-    add("--steps", type=whole(1), help="steps of each stage; without it those in WAYS")
+    add("--steps", type=whole(1), help="steps of each stage; without it 4000, then 1600")
     add("--seed", type=whole(0), default=0, help="of weights and training inputs")
     add("--resume", action="store_true", help="go on with trainings that were stopped")
     add("--lengths", type=listed(length), default="1K,32K,128K,256K,512K,1M", help="in tokens")

@@ -86,11 +86,11 @@ def test_no_key_of_the_evaluation_is_ever_trained_on_and_a_quarter_of_the_steps_
 
 def test_keys_depths_and_hay_differ_from_step_to_step_and_seed_to_seed_and_repeat():
     drawn = [next(shown(way, [step], seed)) for way in ("short", "plain")
-             for step, seed in ((40, 0), (43, 0), (40, 1), (1, 40))]
+             for step, seed in ((41, 0), (43, 0), (41, 1), (1, 41))]
     keys = [set(keys_in(inputs)) for inputs in drawn]
     assert sum(map(len, keys)) == len(set.union(*keys)) and len(keys[0]) > 3
-    for ways in (("local", "short", "short"), ("plain", "sharp")):    # which differ otherwise
-        assert len({next(shown(way, [41])).numpy().tobytes() for way in ways}) == 1
+    inputs = {next(shown(way, [41])).numpy().tobytes() for way in ("local", "short", "short")}
+    assert len(inputs) == 1    # the memory is their only difference
     for way, most in (("short", 0.5), ("plain", 0.25)):    # of the hay is the paper's paragraph
         rows = [row for inputs in shown(way, range(50, 150)) for row in inputs if len(row) > 140]
         pure = [text_of(row).count(PARAGRAPH.strip()) > len(row) // 24 - 6 for row in rows]
@@ -125,7 +125,7 @@ def test_inputs_are_as_long_as_asked_with_needles_anywhere_and_half_at_the_end(
     assert len(set(starts)) == 32    # at every place in a segment
 
 def test_w_q_and_w_k_grow_fourfold_in_the_first_90_percent_of_sharp_and_else_in_no_way():
-    for way, factor in (("local", 1), ("short", 1), ("long", 1), ("plain", 1), ("sharp", 4)):
+    for way, factor in (("local", 1), ("short", 1), ("plain", 1), ("sharp", 4)):
         model = new_model("local" if way == "local" else "infini-linear")
         before, loss_of = deepcopy(model.state_dict()), passkey.way_loss(way, 0, 10)
         with patch("passkey.plain_loss"):
@@ -160,14 +160,14 @@ def test_each_way_is_trained_as_the_docstring_says(tmp_path, monkeypatch):
         ("-", ["local", "short"], None), ("linear", [*passkey.WAYS], None), ("delta", ["sharp"], 3))
         for path in passkey.train_ways(rule, ways, 5, steps, tmp_path, "cpu", True)]
     assert paths == [f"passkey-{name}-seed5" for name in (
-        "local", "short-linear", "long-linear", "plain-linear", "sharp-linear", "sharp-delta")]
-    first, then = (2500, 4e-3, 1e-2, True), [(n, 2e-3, 5e-3, True) for n in (700, 1800, 1800)]
-    assert done == [("local", "delta", *first), *(("infini", "linear", *x) for x in (first, *then)),
-                    ("infini", "delta", 3, *first[1:]), *[("infini", "delta", 3, *then[0][1:])] * 2]
-    fresh, behind = new_model(seed=5), dict(long=1, plain=2, sharp=2)    # stages
-    ways = [*passkey.WAYS, "short", "long", "sharp"]
+        "local", "short-linear", "plain-linear", "sharp-linear", "sharp-delta")]
+    assert done == [
+        ("local", "delta", 4000, 4e-3, 1e-2, True), ("infini", "linear", 4000, 4e-3, 1e-2, True),
+        ("infini", "linear", 1600, 2e-3, 5e-3, True), ("infini", "linear", 1600, 2e-3, 5e-3, True),
+        ("infini", "delta", 3, 4e-3, 1e-2, True), *[("infini", "delta", 3, 2e-3, 5e-3, True)] * 2]
+    fresh, ways = new_model(seed=5), [*passkey.WAYS, "short", "plain", "sharp"]
     for way, (start, settings) in zip(ways, starts, strict=True):
-        assert torch.equal(start, sum([1] * behind.get(way, 0), fresh.head.weight))
+        assert torch.equal(start, sum([1] * dict(plain=1, sharp=2).get(way, 0), fresh.head.weight))
         assert settings == dict(training=way, seed=5, digits=4)
     assert sum(p.numel() for p in fresh.parameters()) // 1000 == 138
 
