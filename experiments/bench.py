@@ -30,8 +30,9 @@ from train import KINDS, Parser, make_optimizer, run_command, set_up, take_step,
 
 PAPER_LAYER = dict(d_model=1024, n_heads=8, d_key=128, d_value=128, segment_len=2048)
 SIZES = dict(rows=((16, 64), (9, 112), (4, 256)),    # (batch, tokens) of small steps, timed as one
-             paper_tokens=16384, parallel_tokens=8192, full_tokens=2 ** 15, repeats=5, segments=64,
-             near=2 ** 15, far=2 ** 20, early=100, late=10 ** 5, new_tokens=320, peer=(16, 512))
+             trained=((16, 2048, "infini"), (1, 2 ** 13, "full"), (1, 2 ** 15, "full")), repeats=5,
+             paper_tokens=16384, parallel_tokens=8192, near=2 ** 15, far=2 ** 20, new_tokens=320,
+             peer=(16, 512))
 
 def medians(repeats, *actions):
     """Time each action several times, in turns, so that whatever else the machine does slows all
@@ -94,11 +95,11 @@ def streaming_peak(length):
     stream(InfiniTransformer(model_config()), random_tokens(1, length))
     return peak_memory()
 
-def training_peak(checkpoint, segments):
-    """Return the MB that a training step on 16 x `segments` segments adds to what is needed."""
-    model_step([(1, 1)], checkpoint=checkpoint)()
+def training_peak(config, batch, length):
+    """Return the MB that a training step on (batch, length) tokens adds to what is needed."""
+    model_step([(1, 1)], **config)()
     before = peak_memory()
-    model_step([(16, segments * model_config().segment_len)], checkpoint=checkpoint)()
+    model_step([(batch, length)], **config)()
     return peak_memory() - before
 
 def in_new_process(function, *args):
@@ -110,8 +111,10 @@ def measurements(b, peer):
     """Measure. Yields what it is, two values and their unit. b: SIZES, as attributes."""
     far, near = (in_new_process(streaming_peak, n) for n in (b.far, b.near))
     yield "peak memory, streaming 1M / 32K tokens", far, near, "MB"
-    on, off = (in_new_process(training_peak, on, b.segments) for on in (True, False))
-    yield f"peak memory, training, {b.segments} segments, checkpoint=True / without", on, off, "MB"
+    for batch, n, kind in b.trained:
+        ours, other = (in_new_process(training_peak, config, batch, n)
+                       for config in (dict(checkpoint=True), dict(attention=kind)))
+        yield f"peak memory, training, {n:,} tokens, checkpoint=True / {kind}", ours, other, "MB"
     kinds = [KINDS[kind] for kind in ("local", "linear", "delta")]
     models = [InfiniTransformer(model_config(**kind)).eval() for kind in kinds]
     layers = [InfiniAttention(InfiniConfig(**PAPER_LAYER, **kind)) for kind in kinds]
@@ -143,14 +146,10 @@ def measurements(b, peer):
            n / at_once, n / in_turn, "tokens/s")
     model, full = (InfiniTransformer(model_config(**kind)).eval() for kind in ({}, KINDS["full"]))
     text, n = random_tokens(1, b.far), b.near
-    states = [stream(model, text[:, :n])[1] for n in (b.far, b.near, b.late, b.early)]
-    far, near = medians(b.repeats, *(partial(stream, model, text[:, :n], s) for s in states[:2]))
+    states = [stream(model, text[:, :n])[1] for n in (b.far, b.near)]
+    far, near = medians(b.repeats, *(partial(stream, model, text[:, :n], s) for s in states))
     yield "streaming, time per token at 1M / at 32K", 1e6 * far / n, 1e6 * near / n, "us"
-    write, n = partial(generate, model, text[:, :1], b.new_tokens, 0), b.new_tokens
-    late, early = medians(b.repeats, *(partial(write, state=s) for s in states[2:]))
-    yield (f"generate, time per token, {b.late:,} / {b.early:,} tokens into the text",
-           1e6 * late / n, 1e6 * early / n, "us")
-    text, n = text[:, :b.full_tokens], b.full_tokens    # one call, which is fastest for "full"
+    text = text[:, :n]    # read in one call, which is fastest for "full"
     full, infini = medians(3, partial(stream, full, text, None, n), partial(stream, model, text))
     yield f"forward, small, {n:,} tokens, full / infini", full, infini, "s"
 

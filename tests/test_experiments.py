@@ -297,8 +297,8 @@ def test_texts_differ_from_the_papers_in_one_thing_each(tmp_path, monkeypatch, c
 # --- bench ---------------------------------------------------------------------------------------
 def test_bench_divides_what_its_rows_say(tmp_path, monkeypatch, command):
     monkeypatch.setattr(bench, "SIZES", dict(
-        repeats=1, rows=((1, 40),), paper_tokens=8, parallel_tokens=64, full_tokens=64, near=64,
-        far=256, early=64, late=128, new_tokens=2, segments=2, peer=(2, 64)))
+        repeats=1, rows=((1, 40),), paper_tokens=8, parallel_tokens=64, near=64, far=256,
+        new_tokens=2, trained=((3, 64, "infini"), (1, 96, "full")), peer=(2, 64)))
     ran, forward = [], infini.InfiniAttention.forward
     monkeypatch.setattr(infini.InfiniAttention, "forward", lambda layer, x, state=None: (
         ran.append(layer.config), forward(layer, x, state))[1])
@@ -310,17 +310,17 @@ def test_bench_divides_what_its_rows_say(tmp_path, monkeypatch, command):
         return number + (1024 * (ran[0].d_model == 1024) + 100 * (ran[0].form == "recurrent")
                          if ran else 0)
     monkeypatch.setattr(bench, "medians", lambda repeats, *actions: [*map(seconds, actions)])
-    monkeypatch.setattr(bench, "in_new_process", lambda function, *args: 9.0 + args[0])
+    monkeypatch.setattr(bench, "in_new_process", lambda function, *args: 9.0 + len(str(args)))
     code, out, err = command(bench.main, "--out", tmp_path, "--threads", 1)
     (header, *rows), lines = rows_of(tmp_path / "bench.csv"), out.splitlines()
     assert code == 0 and not err and header == ["what", "first", "second", "unit", "ratio"]
     found = {what: (float(first), float(second)) for what, first, second, *_ in rows}
     for pattern, values in {
-            "peak.*1M / 32K": (265, 73), "peak.*training, 2 seg.*=True / without": (10, 9),
-            "training step, small, Linear / local": (3e3, 2e3), "t.*small, Delta": (4e3, 2e3),
-            "t.*paper layer, Linear / local": (1027, 1026), "t.*paper.*Delta": (1028, 1026),
-            "streaming, .*Linear / local": (3e6 / 64, 2e6 / 64), "gen.*Linear / l": (15e5, 1e6),
-            "training speed.*parallel / recurrent": (64 / 3, 64 / 103),
+            "peak.*1M / 32K": (15, 14), "peak.* 64 tokens, checkpoint=True / infini": (38, 41),
+            "peak.* 96 .*/ full": (38, 39), "training step, small, Linear / local": (3e3, 2e3),
+            "t.*small, Delta": (4e3, 2e3), "t.*paper layer, Linear / local": (1027, 1026),
+            "t.*paper.*Delta": (1028, 1026), "streaming, .*Linear / local": (3e6 / 64, 2e6 / 64),
+            "gen.*Linear / l": (15e5, 1e6), "tr.*speed.*parallel / recurrent": (64 / 3, 64 / 103),
             "forward.* 64 .*full / infini": (5, 4)}.items():
         assert [x for what, x in found.items() if re.match(pattern, what)] == [
             pytest.approx(values)], pattern
