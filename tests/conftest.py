@@ -3,12 +3,13 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import IPython.display  # noqa: F401  (two threads that import it first can block each other)
 import matplotlib
 import nbformat
 import pytest
 import torch
 from matplotlib.figure import Figure
-from nbclient import NotebookClient
+from nbclient import execute
 
 from train import run_command
 
@@ -23,9 +24,8 @@ def pytest_collection_finish(session):
     wanted = any("walkthrough_run" in getattr(item, "fixturenames", ()) for item in session.items)
     if wanted and not session.config.option.collectonly:
         path = Path(__file__).parent.with_name("walkthrough.ipynb")
-        client = NotebookClient(nbformat.read(path, as_version=4), timeout=1800,
-                                resources={"metadata": {"path": path.parent}})
-        session.config.stash[RUN] = ThreadPoolExecutor(1).submit(client.execute)
+        session.config.stash[RUN] = ThreadPoolExecutor(1).submit(
+            execute, nbformat.read(path, as_version=4), cwd=path.parent, timeout=1800)
 
 @pytest.fixture
 def walkthrough_run(request):    # waits for the walkthrough; raises if a cell fails
