@@ -310,14 +310,14 @@ def test_bench_divides_what_its_rows_say(tmp_path, monkeypatch, command):
         return number + (1024 * (ran[0].d_model == 1024) + 100 * (ran[0].form == "recurrent")
                          if ran else 0)
     monkeypatch.setattr(bench, "medians", lambda repeats, *actions: [*map(seconds, actions)])
-    monkeypatch.setattr(bench, "in_new_process", lambda function, *args: 9.0 + len(str(args)))
+    monkeypatch.setattr(bench, "in_new_process", lambda function, *args: args[-1] + len(str(args)))
     code, out, err = command(bench.main, "--out", tmp_path, "--threads", 1)
     (header, *rows), lines = rows_of(tmp_path / "bench.csv"), out.splitlines()
     assert code == 0 and not err and header == ["what", "first", "second", "unit", "ratio"]
     found = {what: (float(first), float(second)) for what, first, second, *_ in rows}
     for pattern, values in {
-            "peak.*1M / 32K": (15, 14), "peak.* 64 tokens, checkpoint=True / infini": (38, 41),
-            "peak.* 96 .*/ full": (38, 39), "training step, small, Linear / local": (3e3, 2e3),
+            "peak.*1M / 32K": (262, 69), "peak.* 64 tokens, checkpoint=True / infini": (93, 96),
+            "peak.* 96 .*/ full": (125, 126), "training step, small, Linear / local": (3e3, 2e3),
             "t.*small, Delta": (4e3, 2e3), "t.*paper layer, Linear / local": (1027, 1026),
             "t.*paper.*Delta": (1028, 1026), "streaming, .*Linear / local": (3e6 / 64, 2e6 / 64),
             "gen.*Linear / l": (15e5, 1e6), "tr.*speed.*parallel / recurrent": (64 / 3, 64 / 103),
