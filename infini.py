@@ -29,6 +29,7 @@ Where each equation lives: version 2's number (version 1's in brackets)
 """
 import math
 import sys
+from copy import deepcopy
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from typing import NamedTuple, Optional
@@ -245,8 +246,8 @@ class InfiniAttention(nn.Module):
         x: (B, T, d_model). state: what the call before returned. Returns o: (B, T, d_model) and the
         next state. Calls may end anywhere, as segments are counted from the start of the document.
         Raises ValueError if x or state do not fit."""
-        state = self.empty_state(x) if state is None else state
         check_input(self, x, state)
+        state = self.empty_state(x) if state is None else state
         kind, outputs = self.config.attention, []
         one_by_one = self.config.form == "recurrent" or kind == "xl"
         lengths = self.pieces(x.shape[1], state.k.shape[2], one_by_one)
@@ -331,15 +332,19 @@ def inject_memory(model, update="delta", gate_init=0.0):
     wrong = [name for name in {**old, **sizes} if not name.endswith("attention.beta")
              and (name not in old or old[name].shape != sizes.get(name))]
     require(not wrong, "weights of the model", f"other in {wrong[:3]}", "those of its config")
-    new.load_state_dict(old, strict=False)
-    return new.train(model.training)
+    betas, new = [block.attention.beta for block in new.blocks], deepcopy(model)
+    for module in (new, *(block.attention for block in new.blocks)):
+        module.config = config
+    for block, beta in zip(new.blocks, betas):
+        block.attention.beta = beta
+    return new
 
 # --- Streaming -----------------------------------------------------------------------------------
 @torch.no_grad()
 def stream(model, tokens, state=None, chunk_len=2048):
     """Read a text of any length with a fixed amount of memory, `chunk_len` tokens per call.
     tokens: (B, T). Returns the logits after the last token, (B, vocab_size), and the state."""
-    require_number("chunk_len", chunk_len, 1, whole=True)
+    chunk_len = require_number("chunk_len", chunk_len, 1, whole=True)
     check_tokens(model, tokens, state)
     for piece in tokens.split(chunk_len, 1):
         logits, state = model(piece, state)
@@ -435,11 +440,12 @@ def require(ok, name, was, must):
         raise ValueError(f"{name} was {was}, must be {must}")
 
 def require_number(name, value, low=-sys.float_info.max, whole=False):
-    """Refuse what is not a finite number of at least `low`. NumPy's numbers are numbers."""
+    """Refuse what is not a finite number of at least `low`. NumPy's numbers become Python's."""
     number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
     plain = value.item() if hasattr(value, "item") else value
     must = f"a {'whole' if whole else 'finite'} number" + f" of at least {low}" * (low >= 0)
     require(number and low <= plain <= sys.float_info.max, name, repr(value), must)
+    return plain
 
 def check_config(config):
     words = {"update": ("linear", "delta"), "attention": ("infini", "local", "xl", "full"),
@@ -447,8 +453,8 @@ def check_config(config):
     for field in fields(config):
         name, value, kind = field.name, getattr(config, field.name), type(field.default)
         if kind in (int, float):
-            require_number(name, value, *((1, True) if kind is int else ()))
-            object.__setattr__(config, name, kind(value))    # NumPy's numbers become Python's
+            value = require_number(name, value, *((1, True) if kind is int else ()))
+            object.__setattr__(config, name, kind(value))
         else:
             must = words.get(name, (False, True))
             require(type(value) is kind and value in must, name, repr(value), f"one of {must}")
@@ -456,10 +462,14 @@ def check_config(config):
     require(config.rope_base > 0, "rope_base", config.rope_base, "positive")
 
 def check_input(layer, x, state):
+    require(torch.is_tensor(x) and x.is_floating_point(), "x", getattr(x, "dtype", type(x)),
+            "a tensor of floating-point numbers")
     c, shape = layer.config, tuple(x.shape)
     require(len(shape) == 3 and shape[1] > 0 and shape[2] == c.d_model, "x of shape", shape,
             f"(B, T, {c.d_model}) with T of at least 1")
-    require(isinstance(state, State), "state", type(state).__name__, "a State from this layer")
+    if state is None:
+        return
+    require(isinstance(state, State), "state", type(state).__name__, "None or this layer's State")
     both = state, layer.empty_state(x)
     was, must = (type(s.memory).__name__ for s in both)
     require(was == must, "state with memory", was, f"{must} for attention={c.attention!r}")

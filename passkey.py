@@ -8,6 +8,7 @@ digit; the prompt needs 53. Evaluation keys never occur in training.
 Departure: the paper trains on its own prompt only. Here half of the hay or more is other text, and
 some keys have 3, 5 or 6 digits. A model that sees one paragraph only learns to ignore that one.
 No digit is asked of a segment's first token, which sees only itself."""
+import argparse
 import csv
 import math
 import os
@@ -22,7 +23,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from infini import InfiniConfig, InfiniTransformer, State, generate, stream
+from infini import InfiniConfig, InfiniTransformer, State, generate, require, stream
 from train import Parser, Progress, load_model, run_command, set_up, side_by_side, train, whole
 
 INTRO = ("There is an important info hidden inside a lot of irrelevant text. Find it and memorize "
@@ -68,6 +69,7 @@ def encode(text):
 
 def write_hay(kind, n, rng):
     """Write n paragraphs, (24 n,) ids: the "paper"'s, its sentences "shuffled", or its "words"."""
+    require(kind in ("paper", "shuffled", "words"), "hay", repr(kind), "paper, shuffled or words")
     if kind == "paper":
         return encode(HAY).repeat(n)
     if kind == "words":
@@ -101,7 +103,8 @@ def is_held_out(key):
 def draw_keys(rng, n, digits, held_out):
     """Draw n keys for evaluation (held out) or training. A training key has at most five different
     digits, drawn anew per key, since keys that repeat a digit are the hard ones."""
-    keys = []
+    keys, most = [], 10 ** digits // 11    # about one in ten is held out
+    require(n <= most or not held_out, "number of held-out keys", n, f"at most {most}")
     while len(keys) < n:
         ten = "0123456789"
         key = "".join(rng.choices(ten if held_out else rng.sample(ten, 5), k=digits))
@@ -202,7 +205,8 @@ def evaluate(model, tasks, lengths, depths, hay="paper"):
     """Hide each needle in inputs of at least n tokens, n in `lengths`, at each depth, and ask.
     The model writes all digits itself. Inputs are streamed. All keys share the hay before the
     needle, and all lengths share the hay after it, so that is read once. Yields a Found."""
-    device, B = model.embedding.weight.device, len(tasks)
+    device, B, depths = model.embedding.weight.device, len(tasks), [*depths]
+    require(all(0 <= depth <= 1 for depth in depths), "depths", depths, "from 0 to 1")
     needles, questions, answers = (torch.stack([*map(encode, texts)]).to(device)
                                    for texts in zip(*tasks))
     cells = {}    # (paragraphs before the needle, after it) -> [(n, depth)]
@@ -277,7 +281,8 @@ def draw(results, lengths, depths, path):
 def load_for_table(path, device="cpu"):
     """Load a pass-key model. Returns it, its way of training, rule and seed, and its digits."""
     model, settings = load_model(path, device)
-    if not {"training", "seed"} <= {*settings} or settings.get("digits") not in (4, 5, 6):
+    kinds = [type(settings.get(name)) for name in ("training", "seed", "digits")]
+    if kinds != [str, int, int] or settings["digits"] not in (4, 5, 6):
         raise ValueError(f"{path} was of another task, must be a checkpoint of passkey.py")
     rule = model.config.update if model.config.attention == "infini" else "-"
     return model, (settings["training"], rule, settings["seed"]), settings["digits"]
@@ -328,12 +333,17 @@ def length(text):
 
 def listed(parse):
     """Make an argument type for values with commas between them."""
-    return lambda text: sorted({parse(part) for part in text.split(",")})
+    def parse_all(text):
+        values = [parse(part) for part in text.split(",")]
+        if re.fullmatch(r"\d{1,3}(,\d{3})+", text) and values != sorted(values):
+            raise argparse.ArgumentTypeError(f"was {text!r}, must be as 512K or have rising values")
+        return sorted({*values})
+    return parse_all
 
 def main():
     parser = Parser("Find a pass key in up to a million tokens: the paper's section 4.3, Table 3.")
     add = parser.add_argument
-    add("--load", type=Path, nargs="+", metavar="FILE", help="only look, with these checkpoints")
+    add("--load", type=Path, nargs="+", action="extend", metavar="FILE", help="only look")
     add("--training", default="local,short,plain,sharp", help="see WAYS")
     add("--rule", choices=["linear", "delta", "both"], default="both", help="rule of the memory")
     add("--steps", type=whole(1), help="steps of each stage; without it 4000, then 1600")
@@ -351,12 +361,10 @@ def main():
     ways, rules = args.training.split(","), ["linear", "delta"]
     if not set(ways) <= set(WAYS):
         parser.error(f"argument --training: was {args.training!r}, must be of {','.join(WAYS)}")
-    set_up(args.device, args.threads, args.out)
     path = args.csv or args.out / "passkey.csv"
-    if path.suffix != ".csv" or path.is_dir() or not os.access(path.parent, os.W_OK) or (
-            path.resolve() in map(Path.resolve, args.load or [])):
-        raise ValueError(f"--csv was {path}, must be a file of its own that ends in .csv, in a "
-                         "folder that is there")
+    set_up(args.device, args.threads, args.out, [path.absolute(), "passkey.png"], args.load or [])
+    if path.suffix != ".csv":
+        raise ValueError(f"--csv was {path}, must be a name that ends in .csv")
     ignored = {"--training", "--rule", "--steps", "--seed", "--resume"} & {
         word.split("=")[0] for word in sys.argv}
     if args.load and ignored:

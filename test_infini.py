@@ -487,6 +487,11 @@ def test_an_injected_memory_behind_closed_gates_changes_nothing(rule, dtype, tol
     assert modes == [{True}, {False}] and opened.head.weight.dtype == dtype
     opened.embedding.weight.data.zero_()                     # the old model keeps its own weights
     assert torch.equal(local(tokens)[0], before)
+    tied = make("local", dtype).requires_grad_(False)
+    tied.head.weight = tied.embedding.weight
+    new = inject_memory(tied, update=rule)
+    assert new.head.weight is new.embedding.weight is not tied.head.weight
+    assert {n.split(".")[-1] for n, p in new.named_parameters() if p.requires_grad} == {"beta"}
 
 def test_a_memory_is_injected_only_if_every_weight_finds_its_place():
     normed, shorter, longer, extended = (make("local") for _ in range(4))

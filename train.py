@@ -1,9 +1,7 @@
 """A training loop, and a small language model to use it on.
 
     python train.py                       train a model of bytes, say how good it is
-    python train.py sample --load FILE    continue a text, byte by byte
-
-The text is the Python standard library's own source. The lesson comes first, the comforts last."""
+    python train.py sample --load FILE    continue a text, byte by byte"""
 import argparse
 import codecs
 import hashlib
@@ -11,25 +9,21 @@ import io
 import math
 import os
 import random
-import re
 import signal
 import sys
-import sysconfig
-import tempfile
 import threading
 import time
-from collections import deque
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
-from multiprocessing import get_context, parent_process
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from infini import InfiniConfig, InfiniTransformer, generate
+from infini import InfiniConfig, InfiniTransformer, generate, require_number
 
 KINDS = dict(local=dict(attention="local"), xl=dict(attention="xl"), linear=dict(update="linear"),
              delta=dict(update="delta"), full=dict(attention="full"))
@@ -37,39 +31,37 @@ KINDS = dict(local=dict(attention="local"), xl=dict(attention="xl"), linear=dict
 # --- Text: from files to batches -----------------------------------------------------------------
 def read_documents(path=None, out=None, shortest=1):
     """Read a folder of files, or one file, as byte tensors. Default: the standard library. Left out
-    are hidden and binary files, those in the folder `out`, and texts of less than `shortest` bytes.
-    Returns documents to train on and others to validate on, a random tenth of the files, or the
-    last tenth of a single one. Raises ValueError without text, OSError on what can't be read."""
-    root = Path(path or sysconfig.get_paths()["stdlib"])
+    are hidden and binary files, links to folders, the folder `out`, copies, and texts of less than
+    `shortest` bytes. Returns documents to train on and a random tenth to validate on, or the last
+    tenth of a single one. Raises ValueError without text, OSError on what can't be read."""
+    root = Path(path or Path(os.__file__).parent)
     ours = {Path(out or root).resolve()} - {root.resolve(), *root.resolve().parents}
     left_out = set() if path else {"test", "tests", "idle_test", "site-packages", "encodings",
                                    "dist-packages", "topics.py"}
     def refuse(error):
         raise error
-    texts, binary, files = [], 0, [root] if root.is_file() else sorted(
-        Path(folder, name) for folder, _, names in os.walk(root, onerror=refuse) for name in names)
+    texts, odd, files = [], 0, [root] if root.is_file() else sorted(
+        Path(folder, name) for folder, folders, names in os.walk(root, onerror=refuse)
+        for name in names + [name for name in folders if Path(folder, name).is_symlink()])
     for file in files:
-        parts = file.relative_to(root).parts
-        if (not left_out & {*parts} and not any(part[0] == "." for part in parts)
-                and file.match("*" if path else "*.py") and file.is_file()
-                and not ours & {*file.resolve().parents}):
-            text = file.read_bytes()
-            binary += 0 in text
+        if (all(part not in left_out and part[0] != "." for part in file.relative_to(root).parts)
+                and file.match("*" if path else "*.py") and not ours & {*file.resolve().parents}):
+            text = file.read_bytes() if file.is_file() else b"\0"
+            odd += 0 in text
             texts += [text] * (len(text) > 0 and 0 not in text)
-    short = sum(len(text) < shortest for text in texts)
-    if short == len(texts):
-        raise ValueError(f"--data was {root}, {binary} binary, must have {shortest:,} text bytes")
-    if (binary or short) and parent_process() is None:
-        say(f"{root}: {binary} binary files and {short} of {len(texts)} texts, shorter than "
-            f"{shortest:,} bytes, are not used")
     random.Random(0).shuffle(texts)
-    n, cut = max(1, len(texts) // 10), len(texts[0]) - len(texts[0]) // 10
-    known = {*texts[n:]}    # no copy of what is trained on is held out
-    parts = texts[n:], [text for text in texts[:n] if text not in known]
-    if len(texts) == 1:
-        parts = [texts[0][:cut]], [texts[0][cut:]]
-    return [[torch.frombuffer(bytearray(text), dtype=torch.uint8) for text in part
-             if len(text) >= shortest] for part in parts]
+    copies, texts = len(texts) - len({*texts}), [*dict.fromkeys(texts)]
+    long = [text for text in texts if len(text) >= shortest]
+    if not long:
+        raise ValueError(f"--data was {root}, {odd} binary, must have {shortest:,} text bytes")
+    if odd or copies or len(long) < len(texts):
+        say(f"{root}: {odd} binary files or links, {copies} copies and {len(texts) - len(long)} of "
+            f"{len(texts)} texts, shorter than {shortest:,} bytes, are not used")
+    n = sum(len(text) >= shortest for text in texts[:len(texts) // 10])
+    parts, cut = (long[max(1, n):], long[:max(1, n)]), len(long[0]) - len(long[0]) // 10
+    if len(long) == 1:
+        parts = [long[0][:cut]], [long[0][cut:]]
+    return [[torch.frombuffer(bytearray(t), dtype=torch.uint8) for t in part] for part in parts]
 
 def draw_sequences(documents, batch, length, rng):
     """Draw (batch, length) bytes, each place equally likely. Raises ValueError if none is there."""
@@ -116,7 +108,7 @@ def make_optimizer(model, lr, gate_lr, weight_decay=0.0):
 def schedule(step, steps, warmup, final=0.1):
     """Return the share of the peak rate: a linear warm-up, then half a cosine down to `final`."""
     cosine = (1 + math.cos(math.pi * step / steps)) / 2
-    return min(1, (step + 1) / warmup) * (final + (1 - final) * cosine)
+    return min(1, (step + 1) / max(1, warmup)) * (final + (1 - final) * cosine)
 
 def take_step(model, optimizer, loss, clip=1.0, share=1.0):
     """Clip the gradient, step with a share of the peak rates if finite. Returns loss and norm."""
@@ -136,14 +128,28 @@ def train(model, loss_of, steps, path, lr, gate_lr, weight_decay=0.0, warmup=50,
         alone, so that a resumed training sees what an uninterrupted one sees, bit for bit.
     path: written every `save_every` steps, at the end, and on Ctrl-C (KeyboardInterrupt).
     settings: a dict of plain values that is stored, and must be the same to resume.
-    Raises ValueError if the checkpoint or the loss is bad, OSError if a file can't be used."""
+    Raises ValueError on a bad argument, loss or checkpoint, OSError if a file can't be used."""
     inner = getattr(model, "_orig_mod", model)    # of torch.compile
+    numbers = dict(lr=lr, gate_lr=gate_lr, weight_decay=weight_decay, warmup=warmup, clip=clip)
+    numbers = {name: require_number(name, value, 0) for name, value in numbers.items()}
+    numbers["steps"] = steps = require_number("steps", steps, 1, whole=True)
     optimizer, losses, gates = make_optimizer(inner, lr, gate_lr, weight_decay), [], []
     start = sum(p.detach().cpu().double().sum().item() for p in model.parameters())
-    settings = dict(settings or {}, steps=steps, lr=lr, gate_lr=gate_lr, weight_decay=weight_decay,
-                    warmup=warmup, clip=clip, starting_weights=round(start, 6))
-    if resume:
-        losses, gates = resume_from(path, inner, settings, optimizer)
+    settings = dict(settings or {}, **numbers, starting_weights=round(start, 6))
+    def content():
+        return dict(model=inner.state_dict(), config=asdict(model.config), settings=settings,
+                    losses=torch.tensor(losses, dtype=torch.float64),
+                    gates=torch.stack(gates) if gates else torch.empty(0),
+                    optimizer=optimizer.state_dict()["state"] if len(losses) < steps else None)
+    torch.save(content(), trial := io.BytesIO())    # what can't be read again is refused now
+    read_checkpoint(path, trial.getvalue())
+    found = Path(path).exists() and same_training(path, {**asdict(model.config), **settings})
+    if resume and found:
+        inner.load_state_dict(found["model"])
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": found["optimizer"] or {}})
+        losses, gates = found["losses"].tolist(), list(found["gates"])
+    elif resume:
+        say(f"{path} is not there to resume, so the training begins anew")
     model.train()
     progress = Progress(Path(path).stem, len(losses), steps)
     with interrupts() as interrupted:
@@ -157,19 +163,14 @@ def train(model, loss_of, steps, path, lr, gate_lr, weight_decay=0.0, warmup=50,
                 gates.append(model.gates().cpu())
             progress.show(step + 1, n_tokens, dict(loss=value, **shown))
             if (step + 1) % save_every == 0 or step + 1 == steps or interrupted.is_set():
-                write_checkpoint(path, dict(
-                    model=inner.state_dict(), config=asdict(model.config), settings=settings,
-                    losses=torch.tensor(losses, dtype=torch.float64),
-                    gates=torch.stack(gates) if gates else torch.empty(0),
-                    optimizer=optimizer.state_dict() if len(losses) < steps else None))
+                write_checkpoint(path, content())
             if interrupted.is_set():
                 raise KeyboardInterrupt(f"stopped after step {step + 1} of {steps}, see {path}")
     return losses
 
 # --- The language model --------------------------------------------------------------------------
-# A layer's betas start at -4 ... 1, so that some heads are open to the memory and others are not.
-LM = dict(batch=1, segments=32, lr=4e-3, gate_lr=1e-2, n_layers=2, d_model=128, n_heads=4,
-          d_key=32, segment_len=32, rope_base=100.0, gate_init=-1.5, gate_spread=5.1)
+LM = dict(batch=1, segments=16, segment_len=128, n_layers=2, d_model=128, n_heads=4, d_key=32,
+          rope_base=1e4, gate_init=-1.5, gate_spread=5.1, lr=3e-3, gate_lr=1e-2)  # betas -4 ... 1
 
 def train_lm(kind, seed, documents, out, steps, batch, segments, lr, gate_lr, model=None,
              name=None, device="cpu", resume=False, **sizes):
@@ -183,8 +184,6 @@ def train_lm(kind, seed, documents, out, steps, batch, segments, lr, gate_lr, mo
     path = Path(out, f"lm-{name or kind}-seed{seed}.pt")
     draws = dict(seed=seed, batch=batch, length=segments * model.config.segment_len)
     text = hashlib.sha256(b"".join(document.numpy() for document in documents)).hexdigest()
-    print(f"{path.stem}: {steps} steps of {batch} x {draws['length']:,} bytes, "
-          f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     train(model.to(device), lm_loss(documents, **draws), steps, path, lr, gate_lr, resume=resume,
           settings=dict(draws, kind=kind, text=text))
     return model.eval(), path
@@ -192,11 +191,11 @@ def train_lm(kind, seed, documents, out, steps, batch, segments, lr, gate_lr, mo
 @torch.no_grad()
 def bits(model, tokens, forget=False, at_once=2 ** 14):
     """Compute the bits that each byte but the first costs, (n, T), for pieces (n, T + 1).
-    forget: empty the memory before each segment, to see what it is worth."""
-    device, costs = model.embedding.weight.device, []
+    forget: empty the memory before each segment, to see what it is worth. N must divide T."""
+    device, N, costs = model.embedding.weight.device, model.config.segment_len, []
     for piece in tokens.split(max(1, at_once // tokens.shape[1])):
         given, target = piece[:, :-1].to(device), piece[:, 1:].to(device)
-        logits, _ = model(given.reshape(-1, model.config.segment_len) if forget else given)
+        logits, _ = model(given.unflatten(1, (-1, N)).flatten(0, 1) if forget else given)
         loss = F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), reduction="none")
         costs.append(loss.view(target.shape).cpu() / math.log(2))
     return torch.cat(costs)
@@ -216,78 +215,79 @@ def train_command(data, kind, **options):
 def sample_command(load, prompt, bytes, temperature, top_p, seed, device):
     """Continue a text with a trained language model. Each byte is shown at once."""
     model, _ = load_model(load, device)
-    if model.config.vocab_size != 256 or not prompt:
-        raise ValueError(f"--load was {load}, --prompt {prompt!r}, must be a byte model, some text")
+    if model.config.vocab_size != 256:
+        raise ValueError(f"--load was {load}, must be a model of bytes")
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     with suppress(AttributeError):    # for terminals that can't show every character
         sys.stdout.reconfigure(errors="replace")
     print(prompt, end="", flush=True)
     given = torch.tensor([list(prompt.encode(errors="surrogateescape"))], device=device)
     generate(model, given, bytes, temperature, top_p, torch.Generator(device).manual_seed(seed),
-             on_token=lambda t: print(decoder.decode(t.numpy(force=True).astype("u1").tobytes()),
-                                      end="", flush=True))
+             on_token=lambda t: print(decoder.decode(bytearray(t.tolist())), end="", flush=True))
     print(decoder.decode(b"", final=True))
 
 # --- Comforts: nothing below is about attention --------------------------------------------------
-def say(text, end="\n"):
+def say(text):
     """Write to standard error. One that is closed, full or not there stops no training."""
     with suppress(AttributeError, OSError, ValueError):
-        sys.stderr.write(text + end)
+        sys.stderr.write(text + "\n")
         sys.stderr.flush()
 
 class Progress:
-    """Shows what is done, the speed and the time left. On a terminal it refreshes one line. In a
-    file, or where processes share the terminal, it writes a line every few seconds."""
+    """Shows what is done, the speed and the time left, in a line every few seconds."""
     def __init__(self, name, done, total, unit="steps"):
         self.name, self.first, self.total, self.unit = name, done, total, unit
-        self.tokens, self.recent, self.terminal = 0, deque(maxlen=20), False
-        self.start, self.last = time.perf_counter(), -math.inf
-        with suppress(AttributeError, ValueError):    # there may be no standard error
-            self.terminal = sys.stderr.isatty() and parent_process() is None
-
+        self.tokens, self.recent, self.start, self.last = 0, [], time.perf_counter(), -math.inf
     def show(self, done, n_tokens, numbers={}):
         now, self.tokens = time.perf_counter(), self.tokens + n_tokens
-        self.recent.append(numbers)
-        if now - self.last < (0.2 if self.terminal else 5) and done < self.total:
+        self.recent = [*self.recent[-19:], numbers]
+        if now - self.last < 5 and done < self.total:
             return
         self.last, seconds = now, now - self.start
         left = round(seconds / (done - self.first) * (self.total - done))
-        parts = [f"{self.name}: {done:,}/{self.total:,} {self.unit}"]
-        parts += [f"{k} {sum(n[k] for n in self.recent) / len(self.recent):.4f}" for k in numbers]
-        parts += [f"{self.tokens / seconds:,.0f} tokens/s", f"{left // 60}:{left % 60:02d} left"]
-        before, after = ("\r", "\033[K") if self.terminal else ("", "")
-        say(before + "  ".join(parts) + after, "" if self.terminal and done < self.total else "\n")
+        means = [f"{k} {sum(n[k] for n in self.recent) / len(self.recent):.4f}" for k in numbers]
+        speed = f"{self.tokens / seconds:,.0f} tokens/s  {left // 60}:{left % 60:02d} left"
+        say("  ".join([f"{self.name}: {done:,}/{self.total:,} {self.unit}", *means, speed]))
 
 @contextmanager
 def interrupts():
-    """Turn the first Ctrl-C into an event, so that a step can end. A second one stops at once."""
-    event = threading.Event()
+    """Turn the first Ctrl-C into an event, so that a step can end. A second one stops at once.
+    Processes that work side by side get the first one as SIGTERM."""
+    event, number = threading.Event(), signal.SIGTERM if parent_process() else signal.SIGINT
     def handler(*_):
-        if event.is_set():
-            raise KeyboardInterrupt("stopped at once; the last checkpoint is intact")
+        signal.signal(number, before)
         event.set()
-        if parent_process() is None:    # os.write, since a print may be under way
-            os.write(2, b"\nfinishing this step, then saving; Ctrl-C again stops at once\n")
+        for child in active_children():
+            child.terminate()
     here = threading.current_thread() is threading.main_thread()    # only there can it be caught
-    before = here and signal.signal(signal.SIGINT, handler)
+    before = here and signal.signal(number, handler)
     try:
         yield event
     finally:
-        if here:
-            signal.signal(signal.SIGINT, before)
+        here and signal.signal(number, before)
+
+def begin_worker():    # it ends with its parent
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
 def side_by_side(function, jobs):
-    """Call function(*job) for each job, in one process per thread of PyTorch. Yields results."""
-    workers, one_thread = min(len(jobs), torch.get_num_threads()), (torch.set_num_threads, (1,))
-    if workers == 1:
-        yield from map(function, *zip(*jobs))
+    """Call function(*job) for each job, each in a process with one thread. Yields results."""
+    def alone(job):
+        if hasattr(signal, "pthread_sigmask"):    # not on Windows
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])    # in the process, too
+        stopped.is_set() and signal.default_int_handler(signal.SIGINT, None)
+        with ProcessPoolExecutor(1, get_context("spawn"), initializer=begin_worker) as pool:
+            return pool.submit(function, *job).result()
+    if min(len(jobs), torch.get_num_threads()) < 2:
+        yield from (function(*job) for job in jobs)
     else:
-        with interrupts(), ProcessPoolExecutor(workers, get_context("spawn"), *one_thread) as pool:
-            yield from pool.map(function, *zip(*jobs))
+        with interrupts() as stopped, ThreadPoolExecutor(torch.get_num_threads()) as threads:
+            yield from threads.map(alone, jobs)
 
 def write_checkpoint(path, content):
     """Write a temporary file, then rename it. A kill in between leaves the old file intact."""
-    path, buffer = Path(path), io.BytesIO()
+    path, buffer = Path(path).resolve(), io.BytesIO()    # a link stays one
     torch.save(content, buffer)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".tmp")
@@ -297,78 +297,71 @@ def write_checkpoint(path, content):
     finally:
         beside.unlink(missing_ok=True)
 
-def read_checkpoint(path):
+def read_checkpoint(path, data=None):
     """Read a checkpoint that train() wrote, and check all of it. No code in it is ever run.
     Raises OSError if it can't be read, ValueError if anything in it is wrong."""
-    data, names = Path(path).read_bytes(), "model config settings losses gates optimizer".split()
+    data = Path(path).read_bytes() if data is None else data
     try:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        weights, config, settings, losses, gates, state = (content[name] for name in names)
+        weights, config, settings, losses, gates, state = content.values()
         model = InfiniTransformer(InfiniConfig(**config))
-        model.load_state_dict(weights)
-        optimizer, c = make_optimizer(model, 0.0, 0.0), model.config
-        optimizer.load_state_dict(optimizer.state_dict() if state is None else state)
-        moments = [(s[m], p) for p, s in optimizer.state.items() for m in ("exp_avg", "exp_avg_sq")]
-        if not (all(x.is_floating_point() and x.isfinite().all()
-                    for x in [*weights.values(), losses, gates, *(m for m, _ in moments)])
-                and all(m.shape == p.shape for m, p in moments)
-                and losses.dim() == 1 and (state is None) == (len(losses) == settings["steps"])
+        model.load_state_dict(dict(weights), assign=True)    # in their own precision
+        optimizer, c, n = make_optimizer(model, 0.0, 0.0), model.config, len(losses)
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state or {}})
+        each = [(p, s["step"], s["exp_avg"], s["exp_avg_sq"]) for p, s in optimizer.state.items()]
+        if not (asdict(c) == config and losses.shape == (n,) and n <= settings["steps"]
+                and all(x.is_floating_point() and x.isfinite().all() for x in
+                        [*weights.values(), losses, gates, *sum(each, ())])
+                and all(step == n and a.shape == b.shape == p.shape for p, step, a, b in each)
+                and (state is None) == (n == settings["steps"]) and (state != {} or n == 0)
                 and gates.shape in ((0,), (len(gates), c.n_layers, c.n_heads))):
             raise ValueError("numbers that can't be")
-        return {name: content[name] for name in names}
+        return content
     except Exception as error:
         what = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(f"{path} was no checkpoint of this version ({what})") from error
 
-def resume_from(path, model, settings, optimizer):
-    """Go on from a checkpoint if there is one. Returns its losses and gates."""
-    if not Path(path).exists():
-        say(f"{path} is not there to resume, so the training begins anew")
-        return [], []
+def same_training(path, now):
+    """Read the checkpoint of a training. Raises ValueError if it is not of the settings `now`."""
     found = read_checkpoint(path)
-    now, before = {**asdict(model.config), **settings}, {**found["config"], **found["settings"]}
-    other = [f"{name} = {before.get(name)!r}" for name in now if before.get(name) != now[name]]
+    old = {**found["config"], **found["settings"]}
+    other = [f"{n} = {old.get(n)!r}" for n in {**old, **now} if old.get(n) != now.get(n)]
     if other:
         raise ValueError(f"{path} was of another training ({other[0]}), must be of this one")
-    model.load_state_dict(found["model"])
-    optimizer.load_state_dict(found["optimizer"] or optimizer.state_dict())    # none: complete
-    return found["losses"].tolist(), list(found["gates"])
+    return found
 
 def load_model(path, device="cpu"):
     """Load the model in a checkpoint, ready for use. Returns it and its training's settings."""
     content = read_checkpoint(path)
     model = InfiniTransformer(InfiniConfig(**content["config"]))
-    model.load_state_dict(content["model"])
+    model.load_state_dict(dict(content["model"]), assign=True)
     return model.to(device).eval(), content["settings"]
 
 class Parser(argparse.ArgumentParser):
     """Shows defaults in the help, refuses abbreviations, and reports an error in one line."""
     def __init__(self, description):
         super().__init__(description=description, allow_abbrev=False)
-
     def add_argument(self, *names, help, default=None, **kw):
         help += " (default: %(default)s)" if default not in (None, argparse.SUPPRESS) else ""
         return super().add_argument(*names, help=help, default=default, **kw)
-
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")
 
-def number(low, high=2 ** 31, kind=float):
-    """Make an argument type for numbers from low to high."""
+def number(low, high=2 ** 31, kind=float):    # makes an argument type
     def parse(text):
         value = math.nan
         with suppress(ValueError):
-            value = kind(text)
+            value = math.nan if "_" in text else kind(text)
         if not low <= value <= high:
-            what = f"a{' whole' * (kind is int)} number from {low:,} to {high:,}"
-            raise argparse.ArgumentTypeError(f"was {text!r}, must be {what}")
+            raise argparse.ArgumentTypeError(f"was {text!r}, must be a{' whole' * (kind is int)} "
+                                             f"number from {low:,} to {high:,}")
         return value
     return parse
 
 whole = partial(number, kind=int)
 
-def set_up(device="cpu", threads=None, out=None):
-    """Try the device, set the number of threads if it is given, make the output folder."""
+def set_up(device="cpu", threads=None, out=None, files=(), inputs=()):
+    """Try the device, set the threads, and try the files to write, which may not be inputs."""
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
@@ -376,13 +369,20 @@ def set_up(device="cpu", threads=None, out=None):
     torch.set_num_threads(threads or torch.get_num_threads())
     try:
         Path(out or ".").mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()    # tried before the first step
+        for file in (Path(out or ".", name) for name in (".tried", *files)):
+            new = not file.exists()
+            if not new and any(Path(x).exists() and file.samefile(x) for x in inputs if x):
+                raise OSError(f"{file} is an input, too")
+            file.open("ab").close()    # tried before the first step
+            new and file.unlink()
     except OSError as error:
         raise ValueError(f"--out was {out}, must be a folder to write in ({error})") from error
 
 def run_command(main):
     """Run a command. A user's mistake is one line on standard error and exit code 2."""
     try:
+        if "" in sys.argv:    # as of a shell's variable that is not set
+            raise ValueError(f"argument {sys.argv.index('')} was '', must be some text")
         main()
     except KeyboardInterrupt as stop:
         say(f"\n{str(stop) or 'stopped'}")
@@ -392,7 +392,7 @@ def run_command(main):
         sys.exit(141)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         text = str(error).strip() or type(error).__name__
-        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", text):
+        if isinstance(error, RuntimeError) and not ("memory" in text or "terminated" in text):
             raise
         say(f"error: {text.splitlines()[0]}")
         sys.exit(2)
@@ -411,7 +411,7 @@ def main():
     else:
         add("--kind", choices=KINDS, default="delta", help="kind of attention, or rule of memory")
         add("--data", type=Path, help="text file or folder; without it Python's own source")
-        add("--steps", type=whole(1), default=6000, help="steps of training")
+        add("--steps", type=whole(1), default=5000, help="steps of training")
         add("--segment-len", type=whole(1), default=LM["segment_len"], help="bytes per segment")
         add("--n-layers", type=whole(1), default=LM["n_layers"], help="layers of the model")
         add("--d-model", type=whole(1), default=LM["d_model"], help="width of the model")

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import train
-from experiments.curves import draw_lines, mean_and_deviation
+from experiments.curves import by_position, draw_lines, mean_and_deviation
 from infini import stream
 from train import KINDS, Parser, bits, run_command, set_up, side_by_side, whole
 
@@ -29,15 +29,10 @@ def bits_by_segment(model, tokens):
     """Compute the bits per byte of each segment, (S,), as means over pieces (n, S N + 1)."""
     return bits(model, tokens).unflatten(1, (-1, model.config.segment_len)).mean((0, 2))
 
-def by_position(cost):
-    """Average the costs of segments 1, 2, 3-4, 5-8, ... of (S,). Returns the ends and means."""
-    ends = sorted({2 ** i for i in range(32) if 2 ** i < len(cost)} | {len(cost)})
-    return ends, [cost[first:end].mean().item() for first, end in zip([0, *ends], ends)]
-
-def train_kind(data, kind, seed, steps, out, device, resume):
+def train_kind(documents, kind, seed, steps, out, device, resume):
     """Train one model, maybe in a process of its own. Returns its checkpoint's path."""
-    return train.train_lm(kind, seed, train.read_documents(data, out)[0], out, steps, device=device,
-                          resume=resume, **train.LM)[1]
+    return train.train_lm(kind, seed, documents, out, steps, device=device, resume=resume,
+                          **train.LM)[1]
 
 def evaluate(path, tokens, length, device):
     """Score a checkpoint on pieces (n, 4 length + 1). Returns the bits per byte of each segment,
@@ -54,19 +49,21 @@ def main():
     parser = Parser("Compare five kinds of attention on the same text: our Table 2.")
     add = parser.add_argument
     add("--data", type=Path, help="text file or folder; without it Python's own source")
-    add("--steps", type=whole(1), default=6000, help="steps of each training")
+    add("--steps", type=whole(1), default=5000, help="steps of each training")
     add("--seeds", type=whole(1, 1000), default=3, help="models of each kind")
     add("--out", type=Path, default=Path("out"), metavar="FOLDER", help="for all files")
     add("--resume", action="store_true", help="go on with trainings that were stopped")
     add("--device", default="cpu", help="or cuda, or mps")
     add("--threads", type=whole(1, 1024), help="cores to use; without it PyTorch decides")
     args = parser.parse_args()
-    set_up(args.device, args.threads, args.out)
+    set_up(args.device, args.threads, args.out, ["compare.csv", "context.csv", "context.png"],
+           [args.data])
     N, n = train.LM["segment_len"], args.seeds
     length = train.LM["segments"] * N
-    tokens = train.validation_pieces(train.read_documents(args.data, args.out)[1], 4 * length + 1)
+    documents, held_out = train.read_documents(args.data, args.out, length + 1)
+    tokens = train.validation_pieces(held_out, 4 * length + 1)
     rest = args.steps, args.out, args.device, args.resume
-    jobs = [(args.data, kind, seed, *rest) for kind in KINDS for seed in range(n)]
+    jobs = [(documents, kind, seed, *rest) for kind in KINDS for seed in range(n)]
     paths = [*side_by_side(train_kind, jobs)]
     print(f"\n{len(tokens)} held-out pieces of {length:,} bytes, {n} seeds, mean +- standard "
           f"deviation\n{'kind':8}{'bits per byte':>18}{'less than local':>18}{'perplexity':>12}"

@@ -36,6 +36,12 @@ def draw_lines(curves, path, xlabel, ylabel, xscale="log", yscale="linear"):
         for name, points in curves.items():
             rows.writerows([name, float(x), float(y)] for x, y in zip(*points))
 
+def by_position(cost, base=2):
+    """Average the costs of segments 1, 2, 3-4, 5-8, ... of (S,), here with base 2. Returns the ends
+    and the means."""
+    ends = sorted({base ** i for i in range(32) if base ** i < len(cost)} | {len(cost)})
+    return ends, [cost[first:end].mean().item() for first, end in zip([0, *ends], ends)]
+
 def mean_and_deviation(values):
     """Write the mean of a tensor (seeds,) and its standard deviation, if there are several."""
     return f"{values.mean():.4f}" + (f" +- {values.std():.4f}" if len(values) > 1 else "")

@@ -16,11 +16,11 @@ from train import Parser, run_command, set_up, side_by_side, whole
 
 STYLES = [("C1", "--"), ("C0", "-"), ("C2", ":"), ("C3", "-.")]    # of layers 1, 2, 3, 4
 
-def train_gates(data, rule, gate_lr, seed, steps, out, device, resume):
+def train_gates(documents, rule, gate_lr, seed, steps, out, device, resume):
     """Train one model, maybe in a process of its own. Returns its checkpoint's path."""
     settings = {**train.LM, "gate_lr": gate_lr, "name": f"{rule}-gates-{gate_lr:g}"}
-    return train.train_lm(rule, seed, train.read_documents(data, out)[0], out, steps, device=device,
-                          resume=resume, **settings)[1]
+    return train.train_lm(rule, seed, documents, out, steps, device=device, resume=resume,
+                          **settings)[1]
 
 def draw(results, path):
     """Draw where the gates end, and below it how they got there, a column per learning rate.
@@ -50,17 +50,19 @@ def main():
     add = parser.add_argument
     add("--data", type=Path, help="text file or folder; without it Python's own source")
     add("--rule", choices=["linear", "delta"], default="delta", help="rule of the memory")
-    add("--steps", type=whole(1), default=6000, help="steps of each training")
+    add("--steps", type=whole(1), default=5000, help="steps of each training")
     add("--seed", type=whole(0), default=0, help="of weights and training text")
     add("--out", type=Path, default=Path("out"), metavar="FOLDER", help="for all files")
     add("--resume", action="store_true", help="go on with trainings that were stopped")
     add("--device", default="cpu", help="or cuda, or mps")
     add("--threads", type=whole(1, 1024), help="cores to use; without it PyTorch decides")
     args = parser.parse_args()
-    set_up(args.device, args.threads, args.out)
+    set_up(args.device, args.threads, args.out, ["gates.csv", "gates.png"], [args.data])
     rates = train.LM["gate_lr"], train.LM["lr"]
+    length = train.LM["segments"] * train.LM["segment_len"]
+    documents, _ = train.read_documents(args.data, args.out, length + 1)
     paths = [*side_by_side(train_gates, [
-        (args.data, args.rule, rate, args.seed, args.steps, args.out, args.device, args.resume)
+        (documents, args.rule, rate, args.seed, args.steps, args.out, args.device, args.resume)
         for rate in rates])]
     results, every = {}, math.ceil(args.steps / 100)    # train() notes the gates so often
     with open(args.out / "gates.csv", "w", newline="", encoding="utf-8") as file:

@@ -19,23 +19,22 @@ from train import Parser, bits, number, run_command, set_up, side_by_side, whole
 
 GOES_ON_AS = ["local", "linear", "delta"]
 
-def train_local(data, seed, steps, out, device, resume):
+def train_local(documents, seed, steps, out, device, resume):
     """Train a model without memory, maybe in a process of its own. Returns its path."""
-    return train.train_lm("local", seed, train.read_documents(data, out)[0], out, steps,
-                          device=device, resume=resume, **train.LM)[1]
+    return train.train_lm("local", seed, documents, out, steps, device=device, resume=resume,
+                          **train.LM)[1]
 
 def plug_in(path, kind, gate, device):
     """Load the model in `path`, and give it a memory with betas of `gate`, unless kind is local."""
     model, _ = train.load_model(path, device)
     return model if kind == "local" else inject_memory(model, kind, gate)
 
-def go_on(data, path, kind, gate, seed, steps, out, device, resume):
+def go_on(documents, path, kind, gate, seed, steps, out, device, resume):
     """Train the model in `path` further, with a memory or without. Returns the new path.
     The learning rate starts at half of the first one, and the text is drawn anew."""
     settings = {**train.LM, "lr": train.LM["lr"] / 2, "name": f"plug-{kind}"}
-    return train.train_lm(kind, seed + 1000, train.read_documents(data, out)[0], out, steps,
-                          model=plug_in(path, kind, gate, device), device=device, resume=resume,
-                          **settings)[1]
+    return train.train_lm(kind, seed + 1000, documents, out, steps, device=device, resume=resume,
+                          model=plug_in(path, kind, gate, device), **settings)[1]
 
 def means(losses, n=100):
     """Average the losses of all steps, in nats, over some n stretches of equally many steps.
@@ -48,7 +47,7 @@ def main():
     parser = Parser("Give a trained model a memory (section 4.3), and train a little further.")
     add = parser.add_argument
     add("--data", type=Path, help="text file or folder; without it Python's own source")
-    add("--steps", type=whole(1), default=6000, help="without memory; with it a tenth of them")
+    add("--steps", type=whole(1), default=5000, help="without memory; with it a tenth of them")
     add("--seeds", type=whole(1, 1000), default=3, help="models of each kind")
     add("--plug-gate", type=number(-100, 100), default=-2.0, help="betas of the new memory")
     add("--out", type=Path, default=Path("out"), metavar="FOLDER", help="for all files")
@@ -56,12 +55,13 @@ def main():
     add("--device", default="cpu", help="or cuda, or mps")
     add("--threads", type=whole(1, 1024), help="cores to use; without it PyTorch decides")
     args = parser.parse_args()
-    set_up(args.device, args.threads, args.out)
+    set_up(args.device, args.threads, args.out, ["plug.csv", "plug.png"], [args.data])
     seeds, rest = range(args.seeds), (args.out, args.device, args.resume)
     length, steps = train.LM["segments"] * train.LM["segment_len"], max(1, args.steps // 10)
-    tokens = train.validation_pieces(train.read_documents(args.data, args.out)[1], length + 1)
-    starts = [*side_by_side(train_local, [(args.data, seed, args.steps, *rest) for seed in seeds])]
-    jobs = [(args.data, starts[seed], kind, args.plug_gate, seed, steps, *rest)
+    documents, held_out = train.read_documents(args.data, args.out, length + 1)
+    tokens = train.validation_pieces(held_out, length + 1)
+    starts = [*side_by_side(train_local, [(documents, seed, args.steps, *rest) for seed in seeds])]
+    jobs = [(documents, starts[seed], kind, args.plug_gate, seed, steps, *rest)
             for kind in GOES_ON_AS for seed in seeds]
     ends = [*side_by_side(go_on, jobs)]
     print(f"\nbits per byte on {len(tokens)} held-out pieces of {length:,} bytes, {args.seeds} "

@@ -70,7 +70,7 @@ def main():
     add("--out", type=Path, default=Path("out"), metavar="FOLDER", help="for the picture")
     add("--threads", type=whole(1, 1024), help="cores to use; without it PyTorch decides")
     args = parser.parse_args()
-    set_up(threads=args.threads, out=args.out)
+    set_up(threads=args.threads, out=args.out, files=["recall.csv", "recall.png"])
     d_keys, seeds, steps = ([16, 32], 1, 400) if args.quick else ([16, 32, 64, 128], 3, 1000)
     models = [(rule, d, twice) for twice in (False, True) for rule in ("linear", "delta")
               for d in (d_keys[1:2] if twice else d_keys)]

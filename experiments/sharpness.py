@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import infini
 import passkey
 from experiments.curves import draw_lines
-from passkey import HAY, NEEDLE, encode
+from passkey import HAY, NEEDLE, encode, load_for_table
 from train import Parser, run_command, set_up, side_by_side, whole
 
 FACTORS = [1, 1.25, 1.5, 2, 3, 4]
@@ -56,7 +56,7 @@ def measure(path, lengths, n_keys):
     """Measure a model's half length, that of the worst digit of some keys in the best head for it.
     For a plain model, also those at the first length with sigma in other precisions, and with
     weights times each factor. Returns {name: half lengths}."""
-    model, (way, rule, seed), _ = passkey.load_for_table(path)
+    model, (way, rule, seed), _ = load_for_table(path)
     keys = passkey.draw_keys(random.Random("half"), n_keys, passkey.DIGITS, held_out=False)
     def half(n=lengths[0], **factors):
         return half_lengths(model, n, keys, **factors).amax((1, 3)).min().item()
@@ -77,11 +77,14 @@ def main():
     add("--out", type=Path, default=Path("out"), metavar="FOLDER", help="for the picture")
     add("--threads", type=whole(1, 1024), help="cores to use; without it PyTorch decides")
     args = parser.parse_args()
-    set_up(threads=args.threads, out=args.out)
+    set_up(threads=args.threads, out=args.out, files=["sharpness.csv", "sharpness.png"],
+           inputs=args.load)
+    if min(args.lengths) < 1024 or any(load_for_table(path)[1][1] == "-" for path in args.load):
+        parser.error("argument --lengths or --load: must be at least 1K, and models with a memory")
     passkey.print_row("Half length / 1000, at", [passkey.short(n) for n in args.lengths])
     passkey.print_row("    and at factor", FACTORS)
-    curves, paths = {}, [p for p in args.load if passkey.load_for_table(p)[1][1] != "-"]
-    for rows in side_by_side(measure, [(path, args.lengths, args.keys) for path in paths]):
+    curves = {}
+    for rows in side_by_side(measure, [(path, args.lengths, args.keys) for path in args.load]):
         for name, row in rows.items():
             passkey.print_row(name, [f"{half / 1000:,.4g}" for half in row])
             curves.setdefault(name, []).append(row)

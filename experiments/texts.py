@@ -32,7 +32,8 @@ def main():
     add("--out", type=Path, default=Path("out"), metavar="FOLDER", help="for the tables")
     add("--threads", type=whole(1, 1024), help="cores to use; without it PyTorch decides")
     args = parser.parse_args()
-    set_up(threads=args.threads, out=args.out)
+    set_up(threads=args.threads, out=args.out, files=[f"texts-{name}.csv" for name in TEXTS],
+           inputs=args.load)
     depths = [depth / 100 for depth in args.depths]
     for name, (what, needle, hay, digits) in TEXTS.items():
         print(f"\n{name}: {what}", end="", flush=True)

@@ -18,7 +18,7 @@ from matplotlib.colors import to_rgba
 import infini
 import passkey
 import train
-from experiments import bench, compare, curves, gates, plug, recall, sharpness, texts
+from experiments import bench, book, compare, curves, gates, plug, recall, sharpness, texts
 from infini import InfiniConfig, InfiniTransformer
 from passkey import one_key
 from test_infini import KINDS, RULES, SMALL, make, o_sigma, same
@@ -132,6 +132,38 @@ def test_compare_knows_by_table_1_what_a_state_holds(kind):
     paper = replace(model.config, n_layers=12, n_heads=8, d_key=128, d_value=128, segment_len=2048)
     numbers = dict(infini=1_585_152, xl=50_331_648, full=16 * 50_331_648, local=0)
     assert compare.context_memory(paper, 2 ** 15) == numbers[paper.attention]
+
+def test_the_book_is_read_as_one_document_with_a_memory_and_without(
+        small, tmp_path, monkeypatch, command):
+    assert command(compare.main, "--steps", 3, "--seeds", 2, *small)[0] == 0
+    (tmp_path / "pydoc_data").mkdir()
+    (tmp_path / "pydoc_data" / "topics.py").write_bytes(text := random.Random(0).randbytes(303))
+    monkeypatch.setattr(book.os, "__file__", tmp_path / "os.py")
+    paths = {(kind, seed): tmp_path / f"lm-{kind}-seed{seed}.pt"
+             for kind in ("local", "xl", "delta") for seed in (0, 1)}
+    options = ["--out", tmp_path, "--threads", 1]
+    code, out, err = command(book.main, "--load", *paths.values(), *options)
+    tokens, costs = torch.tensor([[*text]])[:, :297], {}
+    for (kind, seed), path in paths.items():
+        model = train.load_model(path)[0]
+        costs.setdefault(kind, []).append(bits_of(model, tokens)[0])
+        costs.setdefault(f"{kind} forgets", []).append(torch.cat([
+            bits_of(model, tokens[:, i:i + 9])[0] for i in range(0, 296, 8)]))
+    mean = {name: np.mean(np.stack(cost), 0) for name, cost in costs.items()}
+    title, header, *lines = out.splitlines()
+    assert code == 0 and title.startswith("303 bytes, 2 seeds") and len(lines) == 7
+    assert header.split() == ["8", "32", "128", "296"]
+    drawn = rows_of(tmp_path / "book.csv")[1:]
+    for i, name in enumerate(["local", "xl", "delta", "delta forgets"]):
+        line, gain = lines[max(0, 2 * i - 1)], mean["local"] - mean[name]
+        parts = [slice(0, 8), slice(8, 32), slice(32, 128), slice(128, 296)]
+        assert line[:24].strip() == name
+        same([*map(float, line[24:].split())], [mean[name][part].mean() for part in parts], 6e-4)
+        same([float(row[2]) for row in drawn[4 * i:][:4]], [gain[p].mean() for p in parts], 1e-5)
+        gains = [(a - b).mean() for a, b in zip(costs["local"], costs[name])]
+        assert i == 0 or near(cells("a " + lines[2 * i].split(": ")[1])[1], gains)
+    for bad in ([paths["xl", 0]], [tmp_path / "lm-full-seed0.pt"], [*paths.values()][1:]):
+        assert command(book.main, "--load", *bad, *options)[0] == 2
 
 # --- gates and plug ------------------------------------------------------------------------------
 def test_gates_are_shown_as_training_noted_them(small, figures, folder, tmp_path, command):
@@ -256,11 +288,12 @@ def test_sharpness_takes_the_best_head_of_the_worst_digit_and_scales_w_q_and_w_k
         halves[:, 1, :, 3], halves[2, 0, 1, 2], halves[2, 1, 1, 3] = 50 * n, 30 * n, 10 * n
         return halves * q ** 2 * k ** 3 * infini.sigma(torch.tensor([-3.0])).double()
     monkeypatch.setattr(sharpness, "half_lengths", half_lengths)
-    options = ["--lengths", "256,512", "--keys", 3, "--out", tmp_path, "--threads", 1]
-    code, out, _ = command(sharpness.main, "--load", *models, *options)
+    options = ["--lengths", "1K,2K", "--keys", 3, "--out", tmp_path, "--threads", 1]
+    assert command(sharpness.main, "--load", *models, *options)[0] == 2    # local has no memory
+    code, out, _ = command(sharpness.main, "--load", *models[:2], *options)
     rows = [[float(cell.replace(",", "")) for cell in line[24:].split()]
-            for line in out.splitlines()[2:]]    # the local model has none
-    factors, half = np.array(sharpness.FACTORS), 30 * 0.256 * np.exp(-3)
+            for line in out.splitlines()[2:]]
+    factors, half = np.array(sharpness.FACTORS), 30 * 1.024 * np.exp(-3)
     curves = half * factors ** 2, half * factors ** 3, half * factors ** 5
     expected = [half, 2 * half], [half], [half * 0.05078125 / np.exp(-3)], *curves, [half, 2 * half]
     assert code == 0 and len(rows) == 7

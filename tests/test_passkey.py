@@ -270,7 +270,8 @@ def test_the_heat_map_shows_each_share_at_its_depth_and_length(tmp_path, figures
     --device abacus; --device meta; --threads 0; --rule hebb; --load missing.pt; --load .;
     --load FILE; --load LM; --out FILE; --csv .; --csv no/a.csv; --csv a.pt;
     --load OK --csv a; --load a.csv --csv a.csv; --load OK --seed 3; --load OK --resume;
-    --load OK --training=short; --load TEXT""".split(";"))
+    --load OK --training=short; --load TEXT; --lengths 524,288;
+    --load passkey.png --out .; --load OK --csv hard.csv""".split(";"))
 def test_bad_arguments_are_one_line_and_exit_code_2(arguments, tmp_path, command, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(passkey, "train", None)    # nothing may be trained
@@ -278,6 +279,8 @@ def test_bad_arguments_are_one_line_and_exit_code_2(arguments, tmp_path, command
     for name in ("LM", "OK", "a.csv"):
         save(name)
     save("TEXT", digits="4")
+    save("passkey.png")
+    Path("hard.csv").hardlink_to("OK")
     train.write_checkpoint("LM", train.read_checkpoint("LM") | dict(settings=dict(steps=0)))
     code, out, err = command(passkey.main, *arguments.split())
     assert code == 2 and len(err.splitlines()) == 1 and err.strip() and not out
