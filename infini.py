@@ -469,7 +469,7 @@ def check_input(layer, x, state):
             f"(B, T, {c.d_model}) with T of at least 1")
     if state is None:
         return
-    require(isinstance(state, State), "state", type(state).__name__, "None or this layer's State")
+    require(isinstance(state, State), "state", type(state).__name__, "a State from this layer")
     both = state, layer.empty_state(x)
     was, must = (type(s.memory).__name__ for s in both)
     require(was == must, "state with memory", was, f"{must} for attention={c.attention!r}")

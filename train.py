@@ -303,7 +303,8 @@ def read_checkpoint(path, data=None):
     data = Path(path).read_bytes() if data is None else data
     try:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        weights, config, settings, losses, gates, state = content.values()
+        weights, config, settings, losses, gates, state = (content[name] for name in (
+            "model", "config", "settings", "losses", "gates", "optimizer"))
         model = InfiniTransformer(InfiniConfig(**config))
         model.load_state_dict(dict(weights), assign=True)    # in their own precision
         optimizer, c, n = make_optimizer(model, 0.0, 0.0), model.config, len(losses)
@@ -370,11 +371,10 @@ def set_up(device="cpu", threads=None, out=None, files=(), inputs=()):
     try:
         Path(out or ".").mkdir(parents=True, exist_ok=True)
         for file in (Path(out or ".", name) for name in (".tried", *files)):
-            new = not file.exists()
-            if not new and any(Path(x).exists() and file.samefile(x) for x in inputs if x):
+            if file.exists() and any(Path(x).exists() and file.samefile(x) for x in inputs if x):
                 raise OSError(f"{file} is an input, too")
             file.open("ab").close()    # tried before the first step
-            new and file.unlink()
+            file.stat().st_size or file.unlink()
     except OSError as error:
         raise ValueError(f"--out was {out}, must be a folder to write in ({error})") from error
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 import train
 from test_infini import KINDS, SMALL, make, same, tokens_of
 
-TINY = ["--steps", 2, "--segment-len", 8, "--n-layers", 1, "--d-model", 16]    # 256 bytes per step
+TINY = ["--steps", 2, "--segment-len", 8, "--n-layers", 1, "--d-model", 16]    # 128 bytes per step
 
 def toy_loss(model, step):
     tokens = tokens_of(2, 13, seed=step)
@@ -251,7 +251,7 @@ def test_the_text_is_the_standard_library_without_tests_and_each_tenth_file_is_h
         (folder / f"{i}copy.txt").write_bytes(bytes([i + 40]) * (100 + 200 * i))
     parts = [[bytes(d.numpy()) for d in part] for part in train.read_documents(folder)]
     assert len(parts[0]) + len(parts[1]) == 21 == len({*parts[0], *parts[1]})
-    assert "20 copies" in capsys.readouterr().err
+    assert "21 copies" in capsys.readouterr().err
     (folder / "more").symlink_to(folder.parent)
     train.read_documents(folder)
     assert "2 binary files or links" in capsys.readouterr().err
@@ -311,21 +311,21 @@ def test_the_command_trains_says_what_a_held_out_byte_costs_and_resumes(folder, 
     code, out, err = command(*where, *other)
     (model, settings), before = train.load_model(path), path.read_bytes()
     assert code == 0 and "lm-delta-seed3: 2/2 steps  loss " in err and "bits per byte " in err
-    assert {**settings, "lr": 0.1, "gate_lr": 0.2, "seed": 3, "length": 256} == settings
+    assert {**settings, "lr": 0.1, "gate_lr": 0.2, "seed": 3, "length": 128} == settings
     c = model.config
     assert (c.segment_len, c.n_layers, c.d_model, c.update) == (8, 1, 16, "delta")
-    pieces = torch.stack([d[i:i + 257] for d in train.read_documents(folder)[1]
-                          for i in range(0, len(d) - 256, 257)]).long()
+    pieces = torch.stack([d[i:i + 129] for d in train.read_documents(folder)[1]
+                          for i in range(0, len(d) - 128, 129)]).long()
     costs = []
-    for n in (256, 8):    # the whole piece, or each segment alone
+    for n in (128, 8):    # the whole piece, or each segment alone
         given, target = pieces[:, :-1].reshape(-1, n), pieces[:, 1:].reshape(-1, n, 1)
         costs.append(-model(given)[0].softmax(-1).gather(-1, target).log2().mean().item())
-    lines = [f"{costs[0]:.4f} bits per byte on {len(pieces)} held-out pieces of 256 bytes",
+    lines = [f"{costs[0]:.4f} bits per byte on {len(pieces)} held-out pieces of 128 bytes",
              f"{costs[1]:.4f} if it forgets after each segment"]
     assert out.splitlines()[:2] == lines and f"{model.gates()[0, 1]:.4f}" in out.splitlines()[-1]
     code, again, err = command(*where, *other, "--resume")
     assert (code, again) == (0, out) and "steps" not in err and path.read_bytes() == before
-    assert "0 copies and 1 of 20 texts, shorter than 257 bytes, are not used" in err
+    assert "0 copies and 1 of 20 texts, shorter than 129 bytes, are not used" in err
     for kind in ("local", "xl", "full", "linear"):
         _, out, _ = command(*where, "--kind", kind)
         c = train.load_model(tmp_path / f"lm-{kind}-seed0.pt")[0].config
