@@ -274,10 +274,10 @@ def begin_worker():    # it ends with its parent
 def side_by_side(function, jobs):
     """Call function(*job) for each job, each in a process with one thread. Yields results."""
     def alone(job):
-        if hasattr(signal, "pthread_sigmask"):    # not on Windows
-            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])    # in the process, too
         stopped.is_set() and signal.default_int_handler(signal.SIGINT, None)
         with ProcessPoolExecutor(1, get_context("spawn"), initializer=begin_worker) as pool:
+            if hasattr(signal, "pthread_sigmask"):    # not on Windows; the process inherits it
+                signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
             return pool.submit(function, *job).result()
     if min(len(jobs), torch.get_num_threads()) < 2:
         yield from (function(*job) for job in jobs)
