@@ -133,7 +133,7 @@ def test_compare_knows_by_table_1_what_a_state_holds(kind):
     numbers = dict(infini=1_585_152, xl=50_331_648, full=16 * 50_331_648, local=0)
     assert compare.context_memory(paper, 2 ** 15) == numbers[paper.attention]
 
-def test_the_book_is_read_as_one_document_with_a_memory_and_without(
+def test_book_reads_one_document_with_a_memory_and_without(
         small, tmp_path, monkeypatch, command):
     assert command(compare.main, "--steps", 3, "--seeds", 2, *small)[0] == 0
     (tmp_path / "pydoc_data").mkdir()
@@ -162,7 +162,8 @@ def test_the_book_is_read_as_one_document_with_a_memory_and_without(
         same([float(row[2]) for row in drawn[4 * i:][:4]], [gain[p].mean() for p in parts], 1e-5)
         gains = [(a - b).mean() for a, b in zip(costs["local"], costs[name])]
         assert i == 0 or near(cells("a " + lines[2 * i].split(": ")[1])[1], gains)
-    for bad in ([paths["xl", 0]], [tmp_path / "lm-full-seed0.pt"], [*paths.values()][1:]):
+    full = [tmp_path / f"lm-full-seed{seed}.pt" for seed in (0, 1)]
+    for bad in ([paths["xl", 0]], [*paths.values()][1:], [*paths.values(), *full]):
         assert command(book.main, "--load", *bad, *options)[0] == 2
 
 # --- gates and plug ------------------------------------------------------------------------------

@@ -238,7 +238,8 @@ def test_the_table_has_our_digits_the_papers_and_whole_keys(tmp_path, asked, com
     assert asked[-1][2] == [0, 0.3, 0.5, 1]
 
 def test_keys_are_held_out_and_as_many_and_as_long_as_asked_for(tmp_path, asked, command):
-    args = [passkey.main, "--load", save(tmp_path / "a"), save(tmp_path / "b", digits=6, seed=8)]
+    args = [passkey.main, "--load", save(tmp_path / "a"),
+            "--load", save(tmp_path / "b", digits=6, seed=8)]
     def keys(*options):
         asked.clear()
         assert command(*args, "--out", tmp_path, "--lengths", 64, *options)[0] == 0
@@ -249,6 +250,12 @@ def test_keys_are_held_out_and_as_many_and_as_long_as_asked_for(tmp_path, asked,
     assert not set(default[0]) & set(other[0]) and all(map(passkey.is_held_out, default[0]))
     many, = {*map(tuple, keys("--keys", 500)[:1])}
     assert len(set(many)) == 500    # none is asked for twice
+    model, rng = InfiniTransformer(passkey.model_config()), random.Random(0)
+    for refused in (lambda: passkey.write_hay("word", 1, rng),
+                    lambda: passkey.draw_keys(rng, 91, 3, held_out=True),
+                    lambda: [*passkey.evaluate(model, [one_key("1234")], [64], [50])]):
+        with pytest.raises(ValueError, match="must be|at most|from 0"):
+            refused()
 
 def test_the_heat_map_shows_each_share_at_its_depth_and_length(tmp_path, figures):
     depths, lengths = [0, 0.3, 1], [1024, 100]

@@ -183,7 +183,7 @@ def test_a_broken_harmful_or_other_checkpoint_is_refused_in_one_line(folder, com
                dict(model=[1]), dict(optimizer=part["optimizer"]), dict(part, optimizer={}),
                dict(part, optimizer=moments), dict(part, optimizer=steps),
                dict(config={k: v for k, v in content["config"].items() if k != "rope_base"}),
-               dict(settings=dict(content["settings"], steps=1)), dict(part, optimizer={7: {}})]
+               dict(part, settings=dict(part["settings"], steps=0)), dict(part, optimizer={7: {}})]
     for bad in (b"", b"text", whole[:-1], [1], {}, *({**content, **change} for change in changes),
                 *({k: v for k, v in content.items() if k != name} for name in content)):
         path.write_bytes(bad) if isinstance(bad, bytes) else torch.save(bad, path)
@@ -209,10 +209,9 @@ def test_a_checkpoint_of_another_training_is_not_written_over_and_a_link_stays_o
             with pytest.raises(ValueError, match="was of another training"):
                 train_toy(tmp_path / path, **{"steps": 2, **other})
     assert before == (tmp_path / "a.pt").read_bytes()
-    (tmp_path / "link.pt").unlink()
-    (tmp_path / "link.pt").symlink_to("new.pt")
-    train_toy(tmp_path / "link.pt", np.int64(2), lr=np.float64(0.01), gate_lr=np.float32(0.5))
-    assert (tmp_path / "link.pt").is_symlink() and train.load_model(tmp_path / "new.pt")
+    (tmp_path / "other.pt").symlink_to("new.pt")
+    train_toy(tmp_path / "other.pt", np.int64(2), lr=np.float64(0.01), gate_lr=np.float32(0.5))
+    assert (tmp_path / "other.pt").is_symlink() and train.load_model(tmp_path / "new.pt")
 
 def test_what_could_not_be_read_again_is_refused_before_the_first_step(tmp_path):
     model, never = make(dtype=torch.float32), Mock()
@@ -370,6 +369,7 @@ def test_a_users_mistake_is_one_line_and_ours_a_traceback(command):
                         (OSError(28, "full"), "[Errno 28] full"), (MemoryError(), "MemoryError"),
                         (RuntimeError("CUDA out of memory: 8"), "CUDA out of memory: 8")):
         assert command(Mock(side_effect=error, __module__="a")) == (2, "", f"error: {line}\n")
+    assert command(train.main, "--data", "")[0] == 2
     assert command(Mock(side_effect=KeyboardInterrupt, __module__="a")) == (130, "", "\nstopped\n")
     for error in (RuntimeError("CUDA error"), TypeError("a")):
         with pytest.raises(type(error)):
