@@ -250,6 +250,8 @@ def test_keys_are_held_out_and_as_many_and_as_long_as_asked_for(tmp_path, asked,
     assert not set(default[0]) & set(other[0]) and all(map(passkey.is_held_out, default[0]))
     many, = {*map(tuple, keys("--keys", 500)[:1])}
     assert len(set(many)) == 500    # none is asked for twice
+
+def test_hay_keys_and_depths_that_cannot_be_are_refused():
     model, rng = InfiniTransformer(passkey.model_config()), random.Random(0)
     for refused in (lambda: passkey.write_hay("word", 1, rng),
                     lambda: passkey.draw_keys(rng, 91, 3, held_out=True),
