@@ -1,9 +1,9 @@
 """Does the memory hold out over a book, and is text from afar of use? The paper's books, in small.
 
-    python -m experiments.book --load out/lm-[dlx]*.pt
+    python -m experiments.book --load out/lm-[lx]*-seed?.pt out/lm-delta-seed?.pt
 
-The book is pydoc_data/topics.py, Python's language reference in one file of 757 KB. Models that
-train.py trains without --data have not seen it. They read it as one document."""
+The book is pydoc_data/topics.py, Python's language reference in one file, of which the first half
+million bytes are read as one document. Models trained without --data have not seen it."""
 if not __package__:
     raise SystemExit("run it from the project's folder: python -m experiments.book --load FILE")
 
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from experiments.curves import by_position, draw_lines, mean_and_deviation
-from passkey import print_row, short
+from passkey import short
 from train import Parser, load_model, run_command, set_up, side_by_side, whole
 
 @torch.no_grad()
@@ -41,7 +41,7 @@ def read(path, text):
     return settings["kind"], settings["seed"], N, costs
 
 def main():
-    parser = Parser("Read a book of 757 KB as one document, with a memory of fixed size.")
+    parser = Parser("Read half a million bytes as one document, with a memory of fixed size.")
     add = parser.add_argument
     add("--load", type=Path, nargs="+", action="extend", required=True, metavar="FILE",
         help="models that train.py or experiments.compare trained, local among them")
@@ -50,7 +50,7 @@ def main():
     args = parser.parse_args()
     set_up("cpu", args.threads, args.out, ["book.csv", "book.png"], args.load)
     book = Path(os.__file__).with_name("pydoc_data") / "topics.py"
-    text = torch.frombuffer(bytearray(book.read_bytes()), dtype=torch.uint8).long()
+    text = torch.frombuffer(bytearray(book.read_bytes()), dtype=torch.uint8)[:2 ** 19 + 1].long()
     costs = {}    # kind -> seed -> (S,)
     for kind, seed, N, found in side_by_side(read, [(path, text) for path in args.load]):
         for name, cost in zip((kind, f"{kind} forgets"), found):
@@ -59,11 +59,11 @@ def main():
         raise ValueError("--load was without local models of the same seeds, must have them")
     ends, _ = by_position(next(iter(costs["local"].values())), 4)
     print(f"{len(text):,} bytes, {len(costs['local'])} seeds; bits per byte up to byte")
-    print_row("", [short(end * N) for end in ends])
+    print(" " * 16 + "".join(f"{short(end * N):>9}" for end in ends))
     curves, local = {}, costs["local"]
     for name, by_seed in costs.items():
         mean = torch.stack([*by_seed.values()]).mean(0)
-        print_row(name, [f"{x:.3f}" for x in by_position(mean, 4)[1]])
+        print(f"{name:16}" + "".join(f"{x:9.3f}" for x in by_position(mean, 4)[1]))
         gains = torch.stack([local[seed] - cost for seed, cost in by_seed.items()])
         curves[name] = [end * N for end in ends], by_position(gains.mean(0), 4)[1]
         if name != "local":
