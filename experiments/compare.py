@@ -1,5 +1,6 @@
 """What is the memory worth to a language model? Our Table 2 compares five kinds of attention, all
-else equal. Its picture goes on to four times the length of the training sequences.
+else equal. One picture goes on to four times the length of the training sequences, and the other
+shows each model's cost and the size of what it keeps.
 
     python -m experiments.compare"""
 if not __package__:
@@ -56,8 +57,8 @@ def main():
     add("--device", default="cpu", help="or cuda, or mps")
     add("--threads", type=whole(1, 1024), help="cores to use; without it PyTorch decides")
     args = parser.parse_args()
-    set_up(args.device, args.threads, args.out, ["compare.csv", "context.csv", "context.png"],
-           [args.data])
+    set_up(args.device, args.threads, args.out, ["compare.csv", *(
+        f"{name}.{end}" for name in ("context", "memory") for end in ("csv", "png"))], [args.data])
     N, n = train.LM["segment_len"], args.seeds
     length = train.LM["segments"] * N
     documents, held_out = train.read_documents(args.data, args.out, length + 1)
@@ -68,7 +69,7 @@ def main():
     print(f"\n{len(tokens)} held-out pieces of {length:,} bytes, {n} seeds, mean +- standard "
           f"deviation\n{'kind':8}{'bits per byte':>18}{'less than local':>18}{'perplexity':>12}"
           f"{'forgetful':>18}{'numbers kept':>14}{'Table 1':>10}", flush=True)
-    tables, curves = {}, {}
+    tables, curves, kept = {}, {}, {}
     with open(args.out / "compare.csv", "w", encoding="utf-8") as file:
         print("kind,seed,segment,bits_per_byte", file=file)
         for i, kind in enumerate(KINDS):
@@ -83,7 +84,9 @@ def main():
             print(f"{kind:8}{mean_and_deviation(cost):>18}{gain:>18}{2 ** cost.mean():12.3f}"
                   f"{without:>18}{counted:14,}{formula:10,}", flush=True)
             curves[kind] = by_position(torch.stack(costs).mean(0))
+            kept[kind] = [max(1, counted)] * n, cost    # a logarithm has no 0
     draw_lines(curves, args.out / "context.png", f"segment of {N} bytes", "bits per byte")
+    draw_lines(kept, args.out / "memory.png", "numbers kept (local: none)", "bits per byte")
 
 if __name__ == "__main__":
     run_command(main)

@@ -119,6 +119,9 @@ def test_compare_prints_what_can_be_computed_by_hand(
     same([[float(x) for x in row[1:]] for row in drawn[-3:]],
          [(1, s[0]), (2, s[1]), (4, s[2:].mean())], 1e-5)
     assert [row[0] for row in drawn if row[1] == "4.0"] == [*train.KINDS] and len(drawn) == 23
+    kept = [[float(x) for x in row[1:]] for row in rows_of(tmp_path / "memory.csv")[1:]]
+    same(kept, [(max(1, memory[kind]), np.mean(costs[kind, seed][:4]))
+                for kind in memory for seed in (0, 1)], 1e-5)
     code, again, err = command(compare.main, "--steps", 3, "--seeds", 2, *small, "--resume")
     assert code == 0 and again == out and "3/3 steps" not in err
     assert compare.by_position(torch.arange(9.0)) == ([1, 2, 4, 8, 9], [0, 1, 2.5, 5.5, 8])
