@@ -327,16 +327,15 @@ def inject_memory(model, update="delta", gate_init=0.0):
     require(model.config.attention == "local", "attention", model.config.attention, "local")
     config = replace(model.config, attention="infini", update=update, gate_init=gate_init,
                      gate_spread=0.0)
-    new = InfiniTransformer(config).to(model.embedding.weight)
-    old, sizes = model.state_dict(), {name: w.shape for name, w in new.state_dict().items()}
+    fresh = InfiniTransformer(config).to(model.embedding.weight)
+    old, sizes = model.state_dict(), {name: w.shape for name, w in fresh.state_dict().items()}
     wrong = [name for name in {**old, **sizes} if not name.endswith("attention.beta")
              and (name not in old or old[name].shape != sizes.get(name))]
     require(not wrong, "weights of the model", f"other in {wrong[:3]}", "those of its config")
-    betas, new = [block.attention.beta for block in new.blocks], deepcopy(model)
-    for module in (new, *(block.attention for block in new.blocks)):
-        module.config = config
-    for block, beta in zip(new.blocks, betas):
-        block.attention.beta = beta
+    new = deepcopy(model)
+    new.config = config
+    for block, other in zip(new.blocks, fresh.blocks):
+        block.attention.config, block.attention.beta = config, other.attention.beta
     return new
 
 # --- Streaming -----------------------------------------------------------------------------------

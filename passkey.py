@@ -362,9 +362,9 @@ def main():
     if not set(ways) <= set(WAYS):
         parser.error(f"argument --training: was {args.training!r}, must be of {','.join(WAYS)}")
     path = args.csv or args.out / "passkey.csv"
-    set_up(args.device, args.threads, args.out, [path.absolute(), "passkey.png"], args.load or [])
     if path.suffix != ".csv":
         raise ValueError(f"--csv was {path}, must be a name that ends in .csv")
+    set_up(args.device, args.threads, args.out, [path.absolute(), "passkey.png"], args.load or [])
     ignored = {"--training", "--rule", "--steps", "--seed", "--resume"} & {
         word.split("=")[0] for word in sys.argv}
     if args.load and ignored:

@@ -57,10 +57,9 @@ def read_documents(path=None, out=None, shortest=1):
     if odd or copies or len(long) < len(texts):
         say(f"{root}: {odd} binary files or links, {copies} copies and {len(texts) - len(long)} of "
             f"{len(texts)} texts, shorter than {shortest:,} bytes, are not used")
-    n = sum(len(text) >= shortest for text in texts[:len(texts) // 10])
-    parts, cut = (long[max(1, n):], long[:max(1, n)]), len(long[0]) - len(long[0]) // 10
-    if len(long) == 1:
-        parts = [long[0][:cut]], [long[0][cut:]]
+    n = max(1, sum(len(text) >= shortest for text in texts[:len(texts) // 10]))
+    cut = len(long[0]) - len(long[0]) // 10
+    parts = (long[n:], long[:n]) if len(long) > 1 else ([long[0][:cut]], [long[0][cut:]])
     return [[torch.frombuffer(bytearray(t), dtype=torch.uint8) for t in part] for part in parts]
 
 def draw_sequences(documents, batch, length, rng):
@@ -229,7 +228,7 @@ def sample_command(load, prompt, bytes, temperature, top_p, seed, device):
 # --- Comforts: nothing below is about attention --------------------------------------------------
 def say(text):
     """Write to standard error. One that is closed, full or not there stops no training."""
-    with suppress(AttributeError, OSError, ValueError):
+    with suppress(AttributeError, OSError, RuntimeError, ValueError):    # RuntimeError: is writing
         sys.stderr.write(text + "\n")
         sys.stderr.flush()
 
@@ -251,14 +250,16 @@ class Progress:
 
 @contextmanager
 def interrupts():
-    """Turn the first Ctrl-C into an event, so that a step can end. A second one stops at once.
-    Processes that work side by side get the first one as SIGTERM."""
+    """Turn the first Ctrl-C into an event, so that a step can end. A second one stops at once."""
     event, number = threading.Event(), signal.SIGTERM if parent_process() else signal.SIGINT
     def handler(*_):
-        signal.signal(number, before)
+        if event.is_set():
+            raise KeyboardInterrupt("stopped at once; the last checkpoint is intact")
         event.set()
-        for child in active_children():
+        for child in active_children():    # they work side by side, and get SIGTERM
             child.terminate()
+        if number == signal.SIGINT:
+            say("\nfinishing this step, then saving; Ctrl-C again stops at once")
     here = threading.current_thread() is threading.main_thread()    # only there can it be caught
     before = here and signal.signal(number, handler)
     try:
@@ -350,13 +351,11 @@ class Parser(argparse.ArgumentParser):
 
 def number(low, high=2 ** 31, kind=float):    # makes an argument type
     def parse(text):
-        value = math.nan
         with suppress(ValueError):
-            value = math.nan if "_" in text else kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"was {text!r}, must be a{' whole' * (kind is int)} "
-                                             f"number from {low:,} to {high:,}")
-        return value
+            if "_" not in text and low <= (value := kind(text)) <= high:
+                return value
+        raise argparse.ArgumentTypeError(f"was {text!r}, must be a{' whole' * (kind is int)} "
+                                         f"number from {low:,} to {high:,}")
     return parse
 
 whole = partial(number, kind=int)
@@ -392,7 +391,8 @@ def run_command(main):
         sys.exit(141)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         text = str(error).strip() or type(error).__name__
-        if isinstance(error, RuntimeError) and not ("memory" in text or "terminated" in text):
+        not_ours = "out of memory", "allocate memory", "terminated abruptly"
+        if isinstance(error, RuntimeError) and not any(words in text for words in not_ours):
             raise
         say(f"error: {text.splitlines()[0]}")
         sys.exit(2)

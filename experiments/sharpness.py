@@ -79,8 +79,9 @@ def main():
     args = parser.parse_args()
     set_up(threads=args.threads, out=args.out, files=["sharpness.csv", "sharpness.png"],
            inputs=args.load)
-    if min(args.lengths) < 1024 or any(load_for_table(path)[1][1] == "-" for path in args.load):
-        parser.error("argument --lengths or --load: must be at least 1K, and models with a memory")
+    infini.require(min(args.lengths) >= 1024, "--lengths", min(args.lengths), "at least 1K")
+    for path in args.load:
+        infini.require(load_for_table(path)[1][1] != "-", "--load", path, "a model with a memory")
     passkey.print_row("Half length / 1000, at", [passkey.short(n) for n in args.lengths])
     passkey.print_row("    and at factor", FACTORS)
     curves = {}

@@ -294,6 +294,7 @@ def test_sharpness_takes_the_best_head_of_the_worst_digit_and_scales_w_q_and_w_k
     monkeypatch.setattr(sharpness, "half_lengths", half_lengths)
     options = ["--lengths", "1K,2K", "--keys", 3, "--out", tmp_path, "--threads", 1]
     assert command(sharpness.main, "--load", *models, *options)[0] == 2    # local has no memory
+    assert command(sharpness.main, "--load", models[0], "--lengths", 512)[0] == 2
     code, out, _ = command(sharpness.main, "--load", *models[:2], *options)
     rows = [[float(cell.replace(",", "")) for cell in line[24:].split()]
             for line in out.splitlines()[2:]]
