@@ -33,10 +33,10 @@ NEEDLE = "The pass key is {0}. Remember it. {0} is the pass key."
 QUESTION = "What is the pass key? The pass key is"
 DIGITS, SHORTEST = 4, 64    # of a key; tokens of a training input
 WAYS = {    # goes on from, steps, tokens of the longest input, tokens per step, rate, sharper
-    "local": (None, 4000, 256, 1024, 4e-3, 1),        # the control, a model without memory
-    "short": (None, 4000, 256, 1024, 4e-3, 1),        # long inputs alone would teach nothing
-    "plain": ("short", 1600, 5000, 2048, 2e-3, 1),    # inputs of up to 5K tokens, as in the paper
-    "sharp": ("plain", 1600, 5000, 2048, 2e-3, 4)}    # the same, while W_Q and W_K grow fourfold
+    "local": (None, 3500, 256, 1024, 4e-3, 1),        # the control, a model without memory
+    "short": (None, 3500, 256, 1024, 4e-3, 1),        # long inputs alone would teach nothing
+    "plain": ("short", 1500, 5000, 2048, 2e-3, 1),    # inputs of up to 5K tokens, as in the paper
+    "sharp": ("short", 1500, 5000, 2048, 2e-3, 8)}    # the same, while W_Q and W_K grow eightfold
 PAPER_LENGTHS = [2 ** 15, 2 ** 17, 2 ** 18, 2 ** 19, 2 ** 20]
 PAPER = {    # Table 3 at these lengths: digits right in %, key at the start/middle/end
     "zero-shot linear": "14/13/98 11/14/100 6/3/100 6/7/99 8/6/98",
@@ -60,12 +60,15 @@ WORDS = [word for word in VOCABULARY if not word.isdigit()]
 PARAGRAPH = len(words(HAY))    # 24 tokens
 
 @lru_cache(4096)
-def encode(text):
-    """Turn text into (T,) token ids. Raises ValueError on a word that the prompt does not have."""
+def token_ids(text):
     unknown = [word for word in words(text) if word not in TOKEN]
     if unknown:
         raise ValueError(f"word was {unknown[0]!r}, must be one of the prompt's {len(TOKEN)}")
-    return torch.tensor([TOKEN[word] for word in words(text)], dtype=torch.long)
+    return [TOKEN[word] for word in words(text)]
+
+def encode(text):
+    """Turn text into (T,) token ids. Raises ValueError on a word that the prompt does not have."""
+    return torch.tensor(token_ids(text), dtype=torch.long)
 
 def write_hay(kind, n, rng):
     """Write n paragraphs, (24 n,) ids: the "paper"'s, its sentences "shuffled", or its "words"."""
@@ -118,14 +121,17 @@ def draw_hay(rng, n, kinds):
     start = rng.randrange(PARAGRAPH)
     return write_hay(rng.choice(kinds), math.ceil(n / PARAGRAPH) + 1, rng)[start:start + n]
 
-def answer_loss(logits, tasks):
-    """Compute the cross entropy of the answers' digits, the last tokens, and the share right."""
-    digits = torch.stack([encode(task.answer) for task in tasks]).to(logits.device)
-    logits = logits[:, -digits.shape[1]:]                            # (B, digits, vocabulary)
-    right = (logits.argmax(-1) == digits).float().mean().item()
-    return F.cross_entropy(logits.flatten(0, 1), digits.flatten()), {"digits right": right}
+def digit_loss(logits, targets, digits, again):
+    """Compute the cross entropy of the answer's digits, with `again` also of the same ones in the
+    second half of the needle, which doubles what an input teaches. Returns it and the share of the
+    answer's digits that is right. logits: (B, T, vocabulary), targets: (B, T), three keys each."""
+    known = torch.isin(targets, encode("0123456789").to(targets.device))
+    logits, targets = (x[known].unflatten(0, (-1, 3, digits))[:, 2 - again:]
+                       for x in (logits, targets))
+    right = (logits[:, -1].argmax(-1) == targets[:, -1]).float().mean().item()
+    return F.cross_entropy(logits.flatten(0, 2), targets.flatten()), {"digits right": right}
 
-def plain_loss(model, rng, longest, tokens_per_step, kinds):
+def plain_loss(model, rng, longest, tokens_per_step, kinds, again=False):
     """Compute the loss on inputs of one random length, log-uniform up to `longest` tokens. Half of
     the needles stand at the very end. Returns loss, tokens read, numbers to show."""
     n_tokens = int(SHORTEST * (longest / SHORTEST) ** rng.random())
@@ -140,7 +146,7 @@ def plain_loss(model, rng, longest, tokens_per_step, kinds):
     before = [rng.choice([n_hay, rng.randint(0, n_hay)]) for _ in tasks]
     inputs = torch.stack([write_input(task, draw_hay(rng, n_hay, kinds), n)
                           for task, n in zip(tasks, before)]).to(model.embedding.weight.device)
-    loss, shown = answer_loss(model(inputs[:, :-1])[0], tasks)
+    loss, shown = digit_loss(model(inputs[:, :-1])[0], inputs[:, 1:], digits, again)
     return loss, inputs.numel(), shown
 
 @torch.no_grad()
@@ -159,9 +165,9 @@ def way_loss(way, seed, steps):
     def loss_of(model, step):
         if step < 0.9 * steps:
             sharpen(model, sharper ** (1 / (0.9 * steps)))
-        grown = 1 if start else min(1, step / steps / 0.3)
-        return plain_loss(model, random.Random(f"{seed} after {start}/{step}"),
-                          SHORTEST * (longest / SHORTEST) ** grown, tokens_per_step, kinds)
+        now = SHORTEST * (longest / SHORTEST) ** (1 if start else min(1, step / steps / 0.3))
+        return plain_loss(model, random.Random(f"{seed} after {start}/{step}"), now,
+                          tokens_per_step, kinds, again=not start)
     return loss_of
 
 def train_one(way, rule, seed, loss_of, steps, lr, out, start=None, device="cpu", resume=False):
@@ -176,10 +182,7 @@ def train_one(way, rule, seed, loss_of, steps, lr, out, start=None, device="cpu"
 
 def train_ways(rule, ways, seed, steps, out, device, resume):
     """Train those of the ways that fit the rule; "-" is local's. Returns the checkpoints' paths."""
-    paths, wanted = {}, {*ways}
-    for way in reversed(WAYS):    # what a way goes on from is trained, too
-        if way in wanted:
-            wanted.add(WAYS[way][0])
+    paths, wanted = {}, {*ways, *(WAYS[way][0] for way in ways)}
     for way, (start, default, _, _, lr, _) in WAYS.items():
         if way in wanted and (way == "local") == (rule == "-"):
             n, start = steps or default, paths.get(start)
@@ -188,8 +191,7 @@ def train_ways(rule, ways, seed, steps, out, device, resume):
     return [path for way, path in paths.items() if way in ways]
 
 # --- Evaluation ----------------------------------------------------------------------------------
-def copies(state, n):
-    """Repeat each document's state n times."""
+def copies(state, n):    # n of each document's
     def repeat(parts):
         return [part.repeat_interleave(n, 0) for part in parts]
     return [State(s.memory and type(s.memory)(*repeat(s.memory)), *repeat(s[1:])) for s in state]
@@ -267,14 +269,15 @@ def heat_map(axis, grid, high, text, x, y):
 
 def draw(results, lengths, depths, path):
     """Draw a heat map for each model, depth by length. results: (name, Founds) of each."""
-    figure = new_figure(figsize=(6.4, 0.8 + 2.4 * len(results)))
-    axes = figure.subplots(len(results), squeeze=False, sharex=True)
+    columns = 2 - len(results) % 2
+    size = 6 * columns, 0.8 + max(2.4, 0.2 * len(depths)) * len(results) / columns
+    figure = new_figure(figsize=size)
+    axes = figure.subplots(len(results) // columns, columns, squeeze=False, sharex=True)
     for axis, (name, found) in zip(axes.flat, results):
         share = {(f.tokens, f.depth): 100 * f.digits_right for f in found}
         image = heat_map(axis, [[share[n, d] for n in lengths] for d in depths], 100, "{:.0f}",
                          [short(n) for n in lengths], [f"{d:.0%}" for d in depths])
-        axis.set(title=name, ylabel="depth of the key")
-    axis.set_xlabel("length of the input (tokens)")
+        axis.set(title=name, ylabel="depth of the key", xlabel="length of the input (tokens)")
     figure.colorbar(image, ax=axes, label="digits right (%)")
     figure.savefig(path, dpi=150)
 
@@ -306,7 +309,7 @@ def table(paths, lengths, depths, n_keys, eval_seed, device, csv_path, needle=NE
     at = "/".join(f"{d:.0%}" for d in depths) if len(depths) < 4 else f"the worst of {len(depths)}"
     print(f"\nDigits right in %, key at {at} of hay, {n_keys} keys ({-(-n_keys // 2)} above 32K)")
     print_row("training, rule, seed", [short(n) for n in lengths])
-    with open(csv_path, "w", newline="", encoding="utf-8") as file:
+    with open(csv_path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         rows = csv.writer(file)
         rows.writerow(["training", "rule", "seed", *Found._fields, "model"])
         for path, (who, found) in zip(paths, side_by_side(look, jobs)):
@@ -317,8 +320,7 @@ def table(paths, lengths, depths, n_keys, eval_seed, device, csv_path, needle=NE
             results.append((name, found))
             right = [[f"{100 * f.digits_right:.0f}" for f in found if f.tokens == n]
                      for n in lengths]
-            print_row(name, ["/".join(r) if len(r) < 4 else min(r, key=int)
-                                       for r in right])
+            print_row(name, ["/".join(r) if len(r) < 4 else min(r, key=int) for r in right])
             theirs = "zero-shot" if who[0] == "short" else "400 steps"
             paper = dict(zip(PAPER_LENGTHS, PAPER.get(f"{theirs} {who[1]}", "").split()))
             if same_text and set(lengths) & set(paper):
@@ -346,7 +348,7 @@ def main():
     add("--load", type=Path, nargs="+", action="extend", metavar="FILE", help="only look")
     add("--training", default="local,short,plain,sharp", help="see WAYS")
     add("--rule", choices=["linear", "delta", "both"], default="both", help="rule of the memory")
-    add("--steps", type=whole(1), help="steps of each stage; without it 4000, then 1600")
+    add("--steps", type=whole(1), help="steps of each stage; without it 3500, then 1500")
     add("--seed", type=whole(0), default=0, help="of weights and training inputs")
     add("--resume", action="store_true", help="go on with trainings that were stopped")
     add("--lengths", type=listed(length), default="1K,32K,128K,256K,512K,1M", help="in tokens")
@@ -359,16 +361,14 @@ def main():
     add("--threads", type=whole(1, 1024), help="cores to use; without it PyTorch decides")
     args = parser.parse_args()
     ways, rules = args.training.split(","), ["linear", "delta"]
-    if not set(ways) <= set(WAYS):
-        parser.error(f"argument --training: was {args.training!r}, must be of {','.join(WAYS)}")
+    require(set(ways) <= set(WAYS), "--training", repr(args.training), f"of {','.join(WAYS)}")
     path = args.csv or args.out / "passkey.csv"
-    if path.suffix != ".csv":
-        raise ValueError(f"--csv was {path}, must be a name that ends in .csv")
+    require(path.suffix == ".csv", "--csv", path, "a name that ends in .csv")
     set_up(args.device, args.threads, args.out, [path.absolute(), "passkey.png"], args.load or [])
-    ignored = {"--training", "--rule", "--steps", "--seed", "--resume"} & {
-        word.split("=")[0] for word in sys.argv}
-    if args.load and ignored:
-        parser.error(f"argument {min(ignored)}: not with --load, which trains nothing")
+    useless = {"--training", "--rule", "--steps", "--seed", "--resume"} if args.load else {"--rule"}
+    ignored = useless & {word.split("=")[0] for word in sys.argv}
+    if ignored and (args.load or {*ways} == {"local"}):
+        parser.error(f"argument {min(ignored)}: of no use to {'--load' if args.load else 'local'}")
     jobs = [(rule, ways, args.seed, args.steps, args.out, args.device, args.resume)
             for rule in ["-"] * ("local" in ways) + (rules if args.rule == "both" else [args.rule])]
     paths = args.load or [path for paths in side_by_side(train_ways, jobs) for path in paths]

@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from infini import InfiniConfig, InfiniTransformer, generate, require_number
+from infini import InfiniConfig, InfiniTransformer, generate, require, require_number
 
 KINDS = dict(local=dict(attention="local"), xl=dict(attention="xl"), linear=dict(update="linear"),
              delta=dict(update="delta"), full=dict(attention="full"))
@@ -75,8 +75,7 @@ def validation_pieces(documents, length, most=100):
     """Cut documents into pieces that do not overlap, and keep at most `most`, spread evenly.
     Returns (n, length) bytes. Raises ValueError if no document is long enough."""
     pieces = [piece for d in documents for piece in d.split(length) if len(piece) == length]
-    if not pieces:
-        raise ValueError(f"--data was too short, must have {length:,} bytes in a held-out document")
+    require(pieces, "--data", "too short", f"one with a held-out document of {length:,} bytes")
     return torch.stack(pieces[::math.ceil(len(pieces) / most)]).long()
 
 # --- Loss, optimizer, loop -----------------------------------------------------------------------
@@ -264,6 +263,8 @@ def interrupts():
     before = here and signal.signal(number, handler)
     try:
         yield event
+    except BrokenExecutor as error:    # one of them ended early, perhaps because of Ctrl-C
+        raise (KeyboardInterrupt() if event.is_set() else error) from None
     finally:
         here and signal.signal(number, before)
 
@@ -416,7 +417,6 @@ def main():
         add("--n-layers", type=whole(1), default=LM["n_layers"], help="layers of the model")
         add("--d-model", type=whole(1), default=LM["d_model"], help="width of the model")
         add("--lr", type=number(0, 1), default=LM["lr"], help="learning rate")
-        add("--gate-lr", type=number(0, 1), default=LM["gate_lr"], help="the same for the gates")
         add("--out", type=Path, default=Path("out"), metavar="FOLDER", help="for the checkpoint")
         add("--resume", action="store_true", help="go on with a training that was stopped")
     add("--seed", type=whole(0), default=0, help="of all that is random")

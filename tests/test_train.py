@@ -306,11 +306,11 @@ def test_the_weights_do_not_depend_on_what_was_trained_before(folder, tmp_path):
 
 def test_the_command_trains_says_what_a_held_out_byte_costs_and_resumes(folder, tmp_path, command):
     where = [train.main, *TINY, "--data", folder, "--out", tmp_path]
-    other, path = ["--lr", 0.1, "--gate-lr", 0.2, "--seed", 3], tmp_path / "lm-delta-seed3.pt"
+    other, path = ["--lr", 0.1, "--seed", 3], tmp_path / "lm-delta-seed3.pt"
     code, out, err = command(*where, *other)
     (model, settings), before = train.load_model(path), path.read_bytes()
     assert code == 0 and "lm-delta-seed3: 2/2 steps  loss " in err and "bits per byte " in err
-    assert {**settings, "lr": 0.1, "gate_lr": 0.2, "seed": 3, "length": 128} == settings
+    assert {**settings, "lr": 0.1, "gate_lr": 0.01, "seed": 3, "length": 128} == settings
     c = model.config
     assert (c.segment_len, c.n_layers, c.d_model, c.update) == (8, 1, 16, "delta")
     pieces = torch.stack([d[i:i + 129] for d in train.read_documents(folder)[1]
@@ -349,7 +349,7 @@ def test_sample_continues_a_text_and_each_of_its_options_counts(tmp_path, comman
     assert sample("--threads", 3) == "(x) é é€\n" and threads == [3]
 
 @pytest.mark.parametrize("arguments", """--steps 0; --steps 1.5; --steps nan; --steps 99999999999;
-    --segment-len 0; --d-model x; --lr -1; --lr nan; --lr 1e999; --lr 0,1; --lr 2; --gate-lr 0,1;
+    --segment-len 0; --d-model x; --lr -1; --lr nan; --lr 1e999; --lr 0,1; --lr 2; --gate-lr 0.1;
     more; --seed -1; --threads 0; --st 3; --kind hebb; --device meta; --device abacus; --out FILE;
     --out FILE/deeper; --data missing; --data EMPTY; --data BINARY; --data SHORT; --load FILE;
     --lr 0_1; --top-p 1; sample; sample --load .; sample --load no; sample --load FILE --steps 3;
