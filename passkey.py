@@ -36,7 +36,7 @@ WAYS = {    # goes on from, steps, tokens of the longest input, tokens per step,
     "local": (None, 3500, 256, 1024, 4e-3, 1),        # the control, a model without memory
     "short": (None, 3500, 256, 1024, 4e-3, 1),        # long inputs alone would teach nothing
     "plain": ("short", 1500, 5000, 2048, 2e-3, 1),    # inputs of up to 5K tokens, as in the paper
-    "sharp": ("short", 1500, 5000, 2048, 2e-3, 8)}    # the same, while W_Q and W_K grow eightfold
+    "sharp": ("short", 1500, 5000, 2048, 2e-3, 6)}    # the same, while W_Q and W_K grow sixfold
 PAPER_LENGTHS = [2 ** 15, 2 ** 17, 2 ** 18, 2 ** 19, 2 ** 20]
 PAPER = {    # Table 3 at these lengths: digits right in %, key at the start/middle/end
     "zero-shot linear": "14/13/98 11/14/100 6/3/100 6/7/99 8/6/98",
@@ -159,12 +159,12 @@ def sharpen(model, factor):
 
 def way_loss(way, seed, steps):
     """Make a way's loss_of(model, step). Without a start, inputs grow for 30% of the steps. In the
-    first 90% of a way that sharpens, W_Q and W_K grow a little before each step."""
+    first 60% of a way that sharpens, W_Q and W_K grow a little before each step."""
     start, _, longest, tokens_per_step, _, sharper = WAYS[way]
     kinds = ["paper", "shuffled", "words", "words" if start else "paper"]
     def loss_of(model, step):
-        if step < 0.9 * steps:
-            sharpen(model, sharper ** (1 / (0.9 * steps)))
+        if step < 0.6 * steps:
+            sharpen(model, sharper ** (1 / (0.6 * steps)))
         now = SHORTEST * (longest / SHORTEST) ** (1 if start else min(1, step / steps / 0.3))
         return plain_loss(model, random.Random(f"{seed} after {start}/{step}"), now,
                           tokens_per_step, kinds, again=not start)
