@@ -33,10 +33,10 @@ NEEDLE = "The pass key is {0}. Remember it. {0} is the pass key."
 QUESTION = "What is the pass key? The pass key is"
 DIGITS, SHORTEST = 4, 64    # of a key; tokens of a training input
 WAYS = {    # goes on from, steps, tokens of the longest input, tokens per step, rate, sharper
-    "local": (None, 3500, 256, 1024, 4e-3, 1),        # the control, a model without memory
-    "short": (None, 3500, 256, 1024, 4e-3, 1),        # long inputs alone would teach nothing
-    "plain": ("short", 1500, 5000, 2048, 2e-3, 1),    # inputs of up to 5K tokens, as in the paper
-    "sharp": ("short", 1500, 5000, 2048, 2e-3, 6)}    # the same, while W_Q and W_K grow sixfold
+    "local": (None, 4000, 256, 1024, 4e-3, 1),        # the control, a model without memory
+    "short": (None, 4000, 256, 1024, 4e-3, 1),        # long inputs alone would teach nothing
+    "plain": ("short", 1600, 5000, 2048, 2e-3, 1),    # inputs of up to 5K tokens, as in the paper
+    "sharp": ("plain", 1600, 5000, 2048, 2e-3, 4)}    # the same, while W_Q and W_K grow fourfold
 PAPER_LENGTHS = [2 ** 15, 2 ** 17, 2 ** 18, 2 ** 19, 2 ** 20]
 PAPER = {    # Table 3 at these lengths: digits right in %, key at the start/middle/end
     "zero-shot linear": "14/13/98 11/14/100 6/3/100 6/7/99 8/6/98",
@@ -121,17 +121,14 @@ def draw_hay(rng, n, kinds):
     start = rng.randrange(PARAGRAPH)
     return write_hay(rng.choice(kinds), math.ceil(n / PARAGRAPH) + 1, rng)[start:start + n]
 
-def digit_loss(logits, targets, digits, again):
-    """Compute the cross entropy of the answer's digits, with `again` also of the same ones in the
-    second half of the needle, which doubles what an input teaches. Returns it and the share of the
-    answer's digits that is right. logits: (B, T, vocabulary), targets: (B, T), three keys each."""
-    known = torch.isin(targets, encode("0123456789").to(targets.device))
-    logits, targets = (x[known].unflatten(0, (-1, 3, digits))[:, 2 - again:]
-                       for x in (logits, targets))
-    right = (logits[:, -1].argmax(-1) == targets[:, -1]).float().mean().item()
-    return F.cross_entropy(logits.flatten(0, 2), targets.flatten()), {"digits right": right}
+def answer_loss(logits, tasks):
+    """Compute the cross entropy of the answers' digits, the last tokens, and the share right."""
+    digits = torch.stack([encode(task.answer) for task in tasks]).to(logits.device)
+    logits = logits[:, -digits.shape[1]:]                            # (B, digits, vocabulary)
+    right = (logits.argmax(-1) == digits).float().mean().item()
+    return F.cross_entropy(logits.flatten(0, 1), digits.flatten()), {"digits right": right}
 
-def plain_loss(model, rng, longest, tokens_per_step, kinds, again=False):
+def plain_loss(model, rng, longest, tokens_per_step, kinds):
     """Compute the loss on inputs of one random length, log-uniform up to `longest` tokens. Half of
     the needles stand at the very end. Returns loss, tokens read, numbers to show."""
     n_tokens = int(SHORTEST * (longest / SHORTEST) ** rng.random())
@@ -146,7 +143,7 @@ def plain_loss(model, rng, longest, tokens_per_step, kinds, again=False):
     before = [rng.choice([n_hay, rng.randint(0, n_hay)]) for _ in tasks]
     inputs = torch.stack([write_input(task, draw_hay(rng, n_hay, kinds), n)
                           for task, n in zip(tasks, before)]).to(model.embedding.weight.device)
-    loss, shown = digit_loss(model(inputs[:, :-1])[0], inputs[:, 1:], digits, again)
+    loss, shown = answer_loss(model(inputs[:, :-1])[0], tasks)
     return loss, inputs.numel(), shown
 
 @torch.no_grad()
@@ -159,15 +156,15 @@ def sharpen(model, factor):
 
 def way_loss(way, seed, steps):
     """Make a way's loss_of(model, step). Without a start, inputs grow for 30% of the steps. In the
-    first 60% of a way that sharpens, W_Q and W_K grow a little before each step."""
+    first 90% of a way that sharpens, W_Q and W_K grow a little before each step."""
     start, _, longest, tokens_per_step, _, sharper = WAYS[way]
     kinds = ["paper", "shuffled", "words", "words" if start else "paper"]
     def loss_of(model, step):
-        if step < 0.6 * steps:
-            sharpen(model, sharper ** (1 / (0.6 * steps)))
-        now = SHORTEST * (longest / SHORTEST) ** (1 if start else min(1, step / steps / 0.3))
-        return plain_loss(model, random.Random(f"{seed} after {start}/{step}"), now,
-                          tokens_per_step, kinds, again=not start)
+        if step < 0.9 * steps:
+            sharpen(model, sharper ** (1 / (0.9 * steps)))
+        grown = 1 if start else min(1, step / steps / 0.3)
+        return plain_loss(model, random.Random(f"{seed} after {start}/{step}"),
+                          SHORTEST * (longest / SHORTEST) ** grown, tokens_per_step, kinds)
     return loss_of
 
 def train_one(way, rule, seed, loss_of, steps, lr, out, start=None, device="cpu", resume=False):
@@ -182,7 +179,10 @@ def train_one(way, rule, seed, loss_of, steps, lr, out, start=None, device="cpu"
 
 def train_ways(rule, ways, seed, steps, out, device, resume):
     """Train those of the ways that fit the rule; "-" is local's. Returns the checkpoints' paths."""
-    paths, wanted = {}, {*ways, *(WAYS[way][0] for way in ways)}
+    paths, wanted = {}, {*ways}
+    for way in reversed(WAYS):    # what a way goes on from is trained, too
+        if way in wanted:
+            wanted.add(WAYS[way][0])
     for way, (start, default, _, _, lr, _) in WAYS.items():
         if way in wanted and (way == "local") == (rule == "-"):
             n, start = steps or default, paths.get(start)
@@ -268,11 +268,11 @@ def heat_map(axis, grid, high, text, x, y):
     return image
 
 def draw(results, lengths, depths, path):
-    """Draw a heat map for each model, depth by length. results: (name, Founds) of each."""
+    """Draw a heat map for each of the results, (name, Founds). An even number has two columns."""
     columns = 2 - len(results) % 2
-    size = 6 * columns, 0.8 + max(2.4, 0.2 * len(depths)) * len(results) / columns
-    figure = new_figure(figsize=size)
-    axes = figure.subplots(len(results) // columns, columns, squeeze=False, sharex=True)
+    rows, high = len(results) // columns, max(2.4, 0.2 * len(depths))
+    figure = new_figure(figsize=(6 * columns, 0.8 + high * rows))
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True)
     for axis, (name, found) in zip(axes.flat, results):
         share = {(f.tokens, f.depth): 100 * f.digits_right for f in found}
         image = heat_map(axis, [[share[n, d] for n in lengths] for d in depths], 100, "{:.0f}",
@@ -348,7 +348,7 @@ def main():
     add("--load", type=Path, nargs="+", action="extend", metavar="FILE", help="only look")
     add("--training", default="local,short,plain,sharp", help="see WAYS")
     add("--rule", choices=["linear", "delta", "both"], default="both", help="rule of the memory")
-    add("--steps", type=whole(1), help="steps of each stage; without it 3500, then 1500")
+    add("--steps", type=whole(1), help="steps of each stage; without it 4000, then 1600")
     add("--seed", type=whole(0), default=0, help="of weights and training inputs")
     add("--resume", action="store_true", help="go on with trainings that were stopped")
     add("--lengths", type=listed(length), default="1K,32K,128K,256K,512K,1M", help="in tokens")

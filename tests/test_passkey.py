@@ -43,6 +43,7 @@ def test_the_prompt_is_the_papers_word_for_word():
             + 2 * PARAGRAPH + "The pass key is 9054. Remember it. 9054 is the pass key. "
             + 3 * PARAGRAPH + "What is the pass key? The pass key is 9054")
     tokens = write_input(one_key("9054"), write_hay("paper", 5, None), 2 * 24)
+    encode(text).zero_()    # ours alone, so that the next one is as before
     assert text_of(tokens) == text and torch.equal(encode(text), tokens)
     assert len(passkey.VOCABULARY) == 53 == len({*passkey.words(text), *"0123456789"})
     with pytest.raises(ValueError, match="'purple'"):
@@ -124,42 +125,29 @@ def test_inputs_are_as_long_as_asked_with_needles_anywhere_and_half_at_the_end(
     assert shares.sum() == pytest.approx(1) and shares[:3].min() > 0.08 and 0.45 < shares[4] < 0.58
     assert len(set(starts)) == 32    # at every place in a segment
 
-def test_w_q_and_w_k_grow_sixfold_in_the_first_60_percent_of_sharp_and_else_in_no_way():
-    for way, factor in (("local", 1), ("short", 1), ("plain", 1), ("sharp", 6)):
+def test_w_q_and_w_k_grow_fourfold_in_the_first_90_percent_of_sharp_and_else_in_no_way():
+    for way, factor in (("local", 1), ("short", 1), ("plain", 1), ("sharp", 4)):
         model = new_model("local" if way == "local" else "infini-linear")
         before, loss_of = deepcopy(model.state_dict()), passkey.way_loss(way, 0, 10)
         with patch("passkey.plain_loss"):
             for step in range(10):
                 loss_of(model, step)
-                grown = factor ** (min(step + 1, 6) / 6)
+                grown = factor ** (min(step + 1, 9) / 9)
                 for name, weights in model.state_dict().items():
                     scale = grown if "w_q" in name or "w_k" in name else 1
                     assert torch.allclose(weights, scale * before[name], rtol=1e-5)
     assert "blocks.1.attention.w_q.weight" in before
 
-@pytest.mark.parametrize("again", [True, False])
-def test_only_the_digits_of_the_answer_count_in_the_loss_and_in_short_the_needles_second(again):
-    keys, before = ["9054", "1177"], [20, 7]
-    targets = torch.stack([write_input(one_key(key), write_hay("paper", 1, random.Random(0)), n)
-                           for key, n in zip(keys, before)])[:, 1:]
-    T, first = targets.shape[1], len(encode(passkey.INTRO + " The pass key is 9054. Remember it."))
-    places = [[*range(first - 1 + n, first + 3 + n)] * again + [*range(T - 4, T)] for n in before]
-    logits = torch.randn(2, T, 53, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    logits.data[0, T - 4, DIGITS[9]] = logits.data[1, T - 1, DIGITS[7]] = 9    # 2 of 8 are right
-    loss, numbers = passkey.digit_loss(logits, targets, 4, again)
-    p, digits = logits.detach().softmax(-1), [int(d) for key in keys for d in key * (1 + again)]
-    costs = [-p[row, i].log()[DIGITS[d]] for (row, i), d in zip(
-        [(row, i) for row in (0, 1) for i in places[row]], digits, strict=True)]
+def test_only_the_digits_of_the_answer_count_in_the_loss():
+    logits = torch.randn(2, 70, 53, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    logits.data[0, 66, DIGITS[9]] = logits.data[1, 69, DIGITS[7]] = 9    # two of eight are right
+    loss, numbers = passkey.answer_loss(logits, [one_key(key) for key in ("9054", "1177")])
+    p = logits.detach().softmax(-1)
+    costs = [-p[row, 66 + i, DIGITS[int(digit)]].log()
+             for row, key in enumerate(["9054", "1177"]) for i, digit in enumerate(key)]
     loss.backward()
-    used = logits.grad.abs().sum(-1) > 0
-    assert [row.nonzero().flatten().tolist() for row in used] == places
+    assert (logits.grad[:, :66] == 0).all() and (logits.grad[:, 66:] != 0).all()
     assert loss.item() == pytest.approx(np.mean(costs)) and numbers == {"digits right": 0.25}
-
-def test_only_ways_from_nothing_also_ask_for_the_needles_second_half():
-    for way, again in (("local", True), ("short", True), ("plain", False), ("sharp", False)):
-        with patch("passkey.plain_loss") as loss:
-            passkey.way_loss(way, 0, 10)(new_model(), 3)
-        assert loss.call_args.kwargs == dict(again=again)
 
 def test_each_way_is_trained_as_the_docstring_says(tmp_path, monkeypatch):
     def listen(model, loss_of, steps, path, lr, gate_lr, resume, settings):
@@ -175,12 +163,12 @@ def test_each_way_is_trained_as_the_docstring_says(tmp_path, monkeypatch):
     assert paths == [f"passkey-{name}-seed5" for name in (
         "local", "short-linear", "plain-linear", "sharp-linear", "sharp-delta")]
     assert done == [
-        ("local", "delta", 3500, 4e-3, 1e-2, True), ("infini", "linear", 3500, 4e-3, 1e-2, True),
-        ("infini", "linear", 1500, 2e-3, 5e-3, True), ("infini", "linear", 1500, 2e-3, 5e-3, True),
-        ("infini", "delta", 3, 4e-3, 1e-2, True), ("infini", "delta", 3, 2e-3, 5e-3, True)]
-    fresh, ways = new_model(seed=5), [*passkey.WAYS, "short", "sharp"]
+        ("local", "delta", 4000, 4e-3, 1e-2, True), ("infini", "linear", 4000, 4e-3, 1e-2, True),
+        ("infini", "linear", 1600, 2e-3, 5e-3, True), ("infini", "linear", 1600, 2e-3, 5e-3, True),
+        ("infini", "delta", 3, 4e-3, 1e-2, True), *[("infini", "delta", 3, 2e-3, 5e-3, True)] * 2]
+    fresh, ways = new_model(seed=5), [*passkey.WAYS, "short", "plain", "sharp"]
     for way, (start, settings) in zip(ways, starts, strict=True):
-        assert torch.equal(start, sum([1] * dict(plain=1, sharp=1).get(way, 0), fresh.head.weight))
+        assert torch.equal(start, sum([1] * dict(plain=1, sharp=2).get(way, 0), fresh.head.weight))
         assert settings == dict(training=way, seed=5, digits=4)
     assert sum(p.numel() for p in fresh.parameters()) // 1000 == 138
 

@@ -9,7 +9,7 @@ import signal
 import sysconfig
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -143,6 +143,12 @@ def test_a_training_that_is_killed_ten_times_ends_as_one_that_is_not(tmp_path):
         gates.append(at[0].gates()) or toy_loss(*at)))
     assert content["losses"].tolist() == losses and equal(whole, train.load_model(path)[0])
     assert torch.equal(content["gates"], torch.stack([*gates, whole.gates()])[2::2])    # of 100
+
+@pytest.mark.parametrize("stopped, error", [(1, KeyboardInterrupt), (0, BrokenExecutor)])
+def test_a_process_that_ctrl_c_ended_is_a_stop_and_one_that_died_is_an_error(stopped, error):
+    with pytest.raises(error), train.interrupts() as event:
+        event.set() if stopped else None
+        raise BrokenExecutor("it died")
 
 def test_a_full_disk_is_one_line_and_leaves_the_old_checkpoint_whole(folder, tmp_path, command):
     resource = pytest.importorskip("resource", reason="Windows has no limit for a file's size")
