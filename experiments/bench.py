@@ -15,6 +15,7 @@ import re
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from importlib.util import find_spec
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -28,11 +29,11 @@ from infini import InfiniAttention, InfiniConfig, InfiniTransformer, Memory, gen
 from passkey import model_config
 from train import KINDS, Parser, make_optimizer, run_command, set_up, take_step, whole
 
-PAPER_LAYER = dict(d_model=1024, n_heads=8, d_key=128, d_value=128, segment_len=2048)
+paper = partial(InfiniConfig, d_model=1024, n_heads=8, d_key=128, d_value=128, segment_len=2048)
 SIZES = dict(rows=((16, 64), (9, 112), (4, 256)),    # (batch, tokens) of small steps, timed as one
              trained=((16, 2048, "infini"), (1, 2 ** 13, "full"), (1, 2 ** 15, "full")), repeats=5,
              paper_tokens=16384, parallel_tokens=8192, near=2 ** 15, far=2 ** 20, new_tokens=320,
-             peer=(16, 512))
+             peer=(("small", model_config, (16, 512, 64)), ("paper", paper, (1, 16384, 1024))))
 
 def medians(repeats, *actions):
     """Time each action several times, in turns, so that whatever else the machine does slows all
@@ -117,7 +118,7 @@ def measurements(b, peer):
         yield f"peak memory, training, {n:,} tokens, checkpoint=True / {kind}", ours, other, "MB"
     kinds = [KINDS[kind] for kind in ("local", "linear", "delta")]
     models = [InfiniTransformer(model_config(**kind)).eval() for kind in kinds]
-    layers = [InfiniAttention(InfiniConfig(**PAPER_LAYER, **kind)) for kind in kinds]
+    layers = [InfiniAttention(paper(**kind)) for kind in kinds]
     text, x = random_tokens(1, b.near), torch.randn(1, b.paper_tokens, 1024, requires_grad=True)
     for what, unit, scale, repeats, actions in (
             ("training step, small", "ms", 1e3, 4, [model_step(b.rows, **kind) for kind in kinds]),
@@ -129,16 +130,16 @@ def measurements(b, peer):
         local, linear, delta = (scale * t for t in medians(b.repeats * repeats, *actions))
         yield f"{what}, Linear / local", linear, local, unit
         yield f"{what}, Delta / local", delta, local, unit
-    for rule in ("linear", "delta") if peer else ():
-        ours, x = InfiniAttention(model_config(update=rule)), torch.randn(*b.peer, 64)
-        theirs, x = peer_of(ours), F.rms_norm(x, x.shape[-1:])
-        off = (theirs(x)[0] - ours(x)[0]).abs().max()
-        print(f"the same weights in both: their outputs differ by {off:.1g}")
-        times = medians(4 * b.repeats, layer_step(theirs, x), layer_step(ours, x))
-        yield f"training step, one layer, {rule}, peer / ours", *(1e3 * t for t in times), "ms"
+    for rule, (size, make, shape) in product(("linear", "delta"), b.peer if peer else ()):
+        ours, repeats = InfiniAttention(make(update=rule)), 4 * b.repeats if shape[0] > 1 else 1
+        theirs, what = peer_of(ours), f"{size} layer, {rule}, peer / ours"
+        x = F.rms_norm(torch.randn(*shape), shape[2:])
+        print(f"with the same weights they differ by {(theirs(x)[0] - ours(x)[0]).abs().max():.1g}")
+        times = medians(repeats, layer_step(theirs, x), layer_step(ours, x))
+        yield f"training step, {what}", *(1e3 * t for t in times), "ms"
         theirs, ours = (torch.no_grad()(partial(layer, x[:1])) for layer in (theirs, ours))
-        times = (1e6 / b.peer[1] * t for t in medians(4 * b.repeats, theirs, ours))
-        yield f"reading, time per token, one layer, {rule}, peer / ours", *times, "us"
+        times = (1e6 / shape[1] * t for t in medians(repeats, theirs, ours))
+        yield f"reading, time per token, {what}", *times, "us"
     n = b.parallel_tokens
     at_once, in_turn = medians(b.repeats, *(model_step([(1, n)], update="linear", form=form)
                                             for form in ("parallel", "recurrent")))

@@ -336,7 +336,10 @@ def test_texts_differ_from_the_papers_in_one_thing_each(tmp_path, monkeypatch, c
 def test_bench_divides_what_its_rows_say(tmp_path, monkeypatch, command):
     monkeypatch.setattr(bench, "SIZES", dict(
         repeats=1, rows=((1, 40),), paper_tokens=8, parallel_tokens=64, near=64, far=256,
-        new_tokens=2, trained=((3, 64, "infini"), (1, 96, "full")), peer=(2, 64)))
+        new_tokens=2, trained=((3, 64, "infini"), (1, 96, "full")),
+        peer=(("tiny", bench.model_config, (2, 64, 64)), ("paper", bench.paper, (1, 8, 1024)))))
+    monkeypatch.setattr(bench, "peer_of", lambda ours: lambda x: (2 * ours(x)[0], None))
+    monkeypatch.setattr(bench, "find_spec", lambda name: True)
     ran, forward = [], infini.InfiniAttention.forward
     monkeypatch.setattr(infini.InfiniAttention, "forward", lambda layer, x, state=None: (
         ran.append(layer.config), forward(layer, x, state))[1])
@@ -349,8 +352,9 @@ def test_bench_divides_what_its_rows_say(tmp_path, monkeypatch, command):
                          if ran else 0)
     monkeypatch.setattr(bench, "medians", lambda repeats, *actions: [*map(seconds, actions)])
     monkeypatch.setattr(bench, "in_new_process", lambda function, *args: args[-1] + len(str(args)))
-    code, out, err = command(bench.main, "--out", tmp_path, "--threads", 1)
-    (header, *rows), lines = rows_of(tmp_path / "bench.csv"), out.splitlines()
+    code, out, err = command(bench.main, "--out", tmp_path, "--threads", 1, "--peer")
+    (header, *rows), (*lines,) = rows_of(tmp_path / "bench.csv"), out.splitlines()
+    assert len([lines.remove(line) for line in out.splitlines() if "they differ by" in line]) == 4
     assert code == 0 and not err and header == ["what", "first", "second", "unit", "ratio"]
     found = {what: (float(first), float(second)) for what, first, second, *_ in rows}
     for pattern, values in {
@@ -359,7 +363,9 @@ def test_bench_divides_what_its_rows_say(tmp_path, monkeypatch, command):
             "t.*small, Delta": (4e3, 2e3), "t.*paper layer, Linear / local": (1027, 1026),
             "t.*paper.*Delta": (1028, 1026), "streaming, .*Linear / local": (3e6 / 64, 2e6 / 64),
             "gen.*Linear / l": (15e5, 1e6), "tr.*speed.*parallel / recurrent": (64 / 3, 64 / 103),
-            "forward.* 64 .*full / infini": (5, 4)}.items():
+            "forward.* 64 .*full / infini": (5, 4),
+            "tr.* tiny layer, linear, peer": (3e3, 3e3), "tr.* paper layer, delta": (1028e3,) * 2,
+            "rea.*, tiny layer, delta, peer": (4e6 / 64, 4e6 / 64)}.items():
         assert [x for what, x in found.items() if re.match(pattern, what)] == [
             pytest.approx(values)], pattern
     for (what, first, second, _, ratio), line in zip(rows, lines[2:], strict=True):
