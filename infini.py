@@ -57,7 +57,7 @@ class InfiniConfig:
     # Departure: the paper does not give the first beta. At 0 memory and segment weigh the same.
     gate_init: float = 0.0       # mean of a layer's betas at the start
     gate_spread: float = 0.0     # by this much they rise from the first head to the last
-    form: str = "parallel"       # all complete segments at once; or "recurrent", one by one
+    form: str = "parallel"       # all complete segments at once, if N < 512; or "recurrent"
     checkpoint: bool = False     # recompute each segment in the backward pass, to save memory
 
     def __post_init__(self):
@@ -249,7 +249,8 @@ class InfiniAttention(nn.Module):
         check_input(self, x, state)
         state = self.empty_state(x) if state is None else state
         kind, outputs = self.config.attention, []
-        one_by_one = self.config.form == "recurrent" or kind == "xl"
+        # Long segments keep the cores busy one by one. All their scores would fill the memory.
+        one_by_one = self.config.form == "recurrent" or kind == "xl" or self.N >= 512
         lengths = self.pieces(x.shape[1], state.k.shape[2], one_by_one)
         for q, k, v in zip(*(y.split(lengths, 2) for y in self.project(x))):
             if q.shape[2] > self.N:

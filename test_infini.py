@@ -336,6 +336,9 @@ def test_each_form_runs_its_own_code(kind, form, monkeypatch):
     layer_of(kind, form=form)(normal(1, 52, 12))             # 10 segments and 2 tokens
     at_once = form == "parallel" and kind not in ("xl", "full")
     assert calls == ([50] if at_once else [])                # "full" has a single segment
+    for N in (511, 512) if at_once else ():                  # long segments go one by one
+        layer_of(kind, form=form, segment_len=N)(normal(1, 1030, 12))
+    assert calls == ([50, 1022] if at_once else [])
 
 def test_no_logit_depends_on_a_later_token_or_on_another_document(kind, form):
     model, tokens = make(kind, form=form), tokens_of(1, 18).repeat(19, 1)
