@@ -57,7 +57,7 @@ class InfiniConfig:
     # Departure: the paper does not give the first beta. At 0 memory and segment weigh the same.
     gate_init: float = 0.0       # mean of a layer's betas at the start
     gate_spread: float = 0.0     # by this much they rise from the first head to the last
-    form: str = "parallel"       # all complete segments at once, if N < 512; or "recurrent"
+    form: str = "parallel"       # segments below 512 tokens at once; "recurrent": one by one
     checkpoint: bool = False     # recompute each segment in the backward pass, to save memory
 
     def __post_init__(self):
