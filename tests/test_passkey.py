@@ -1,6 +1,7 @@
 """The claims about passkey.py: the prompt, the ways of training, the evaluation and the table."""
 import random
 import re
+import sys
 from copy import deepcopy
 from pathlib import Path
 from unittest.mock import Mock, patch
@@ -238,6 +239,12 @@ def test_the_table_has_our_digits_the_papers_and_whole_keys(tmp_path, asked, com
     assert "the worst of 4" in title and ours.split()[3:] == ["11", "14"]
     assert asked[-1][2] == [0, 0.3, 0.5, 1]
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such a name")
+def test_a_model_whose_name_is_no_text_is_in_the_table(tmp_path, asked, command):
+    path = save(tmp_path / "\udcff.pt")
+    assert command(passkey.main, "--load", path, "--out", tmp_path, "--lengths", 64)[0] == 0
+    assert b"\xff.pt" in (tmp_path / "passkey.csv").read_bytes()
+
 def test_keys_are_held_out_and_as_many_and_as_long_as_asked_for(tmp_path, asked, command):
     args = [passkey.main, "--load", save(tmp_path / "a"),
             "--load", save(tmp_path / "b", digits=6, seed=8)]
@@ -268,6 +275,7 @@ def test_the_heat_map_shows_each_share_at_its_depth_and_length(tmp_path, figures
     (first, second, *_), image = figures[0].axes, figures[0].axes[0].images[0]
     assert [tick.get_text() for tick in second.get_xticklabels()] == ["1K", "100"]
     assert [tick.get_text() for tick in first.get_yticklabels()] == ["0%", "30%", "100%"]
+    assert [axis.get_subplotspec().colspan.start for axis in (first, second)] == [0, 1]
     assert "length" in second.get_xlabel() and "depth" in first.get_ylabel()
     values = [[100 * share[n, d] for n in lengths] for d in depths]
     assert np.allclose(image.norm(image.get_array()) * 100, values) and first.yaxis_inverted()
