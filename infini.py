@@ -241,11 +241,11 @@ class InfiniAttention(nn.Module):
             memory = Memory.empty(B, c.n_heads, c.d_key, c.d_value, sigma(k).dtype, x.device)
         return State(Previous(k, v) if memory is None and c.attention == "xl" else memory, k, v)
 
-    def forward(self, x, state=None):
+    def forward(self, x, state=None, predict=True):
         """Read T more tokens of each document, and project what the heads found, Eq. 11.
         x: (B, T, d_model). state: what the call before returned. Returns o: (B, T, d_model) and the
         next state. Calls may end anywhere, as segments are counted from the start of the document.
-        Raises ValueError if x or state do not fit."""
+        predict: False only writes, so o is empty. Raises ValueError if x or state do not fit."""
         check_input(self, x, state)
         state = self.empty_state(x) if state is None else state
         kind, outputs = self.config.attention, []
@@ -253,7 +253,8 @@ class InfiniAttention(nn.Module):
         one_by_one = self.config.form == "recurrent" or kind == "xl" or self.N >= 512
         lengths = self.pieces(x.shape[1], state.k.shape[2], one_by_one)
         for q, k, v in zip(*(y.split(lengths, 2) for y in self.project(x))):
-            if q.shape[2] > self.N:
+            q = q if predict else q[:, :, :0]                        # none asks
+            if k.shape[2] > self.N:
                 a, state = segments_at_once(self, q, k, v, state)    # equal, but faster
             elif kind == "infini":
                 a, state = self.segment(q, k, v, state)
@@ -275,9 +276,9 @@ class Block(nn.Module):
         self.up = nn.Linear(config.d_model, config.d_ff, bias=False)
         self.down = nn.Linear(config.d_ff, config.d_model, bias=False)
 
-    def forward(self, x, state):
-        o, state = self.attention(self.norm1(x), state)
-        x = x + o
+    def forward(self, x, state, predict=True):
+        o, state = self.attention(self.norm1(x), state, predict)
+        x = x + o if predict else o
         return x + self.down(F.gelu(self.up(self.norm2(x)))), state
 
 class InfiniTransformer(nn.Module):
@@ -294,24 +295,27 @@ class InfiniTransformer(nn.Module):
             if isinstance(module, nn.Linear):    # keep the variance of what passes through
                 nn.init.normal_(module.weight, std=module.in_features ** -0.5)
 
-    def forward(self, tokens, state=None):
+    def forward(self, tokens, state=None, predict=True):
         """Read T more tokens of each document. tokens: (B, T) whole numbers.
         state: what the call before returned, a list with a State per layer. Returns logits for the
-        token after each, (B, T, vocab_size), and the next state. Raises ValueError on a misfit."""
+        token after each, (B, T, vocab_size), and the next state. Raises ValueError on a misfit.
+        predict: False only reads. It is faster, since the last layer only writes; no logits."""
         check_tokens(self, tokens, state)
         x, states = self.embedding(tokens), []                       # (B, T, d_model)
         for block, s in zip(self.blocks, state or [None] * len(self.blocks)):
             recompute = self.config.checkpoint and self.training
-            x, s = self.recomputed(block, x, s) if recompute else block(x, s)
+            each = predict or block is not self.blocks[-1]
+            x, s = self.recomputed(block, x, s, each) if recompute else block(x, s, each)
             states.append(s)
         return self.head(self.norm(x)), states
 
     @staticmethod
-    def recomputed(block, x, s):
+    def recomputed(block, x, s, predict):
         """Run a block segment by segment, storing only what enters each one (section 4.1)."""
         s, outputs = block.attention.empty_state(x) if s is None else s, []
         for piece in x.split(block.attention.pieces(x.shape[1], s.k.shape[2], True), 1):
-            piece, s = checkpoint(block, piece, s, use_reentrant=False, preserve_rng_state=False)
+            piece, s = checkpoint(block, piece, s, predict, use_reentrant=False,
+                                  preserve_rng_state=False)
             outputs.append(piece)
         return torch.cat(outputs, 1), s
 
@@ -346,8 +350,10 @@ def stream(model, tokens, state=None, chunk_len=2048):
     tokens: (B, T). Returns the logits after the last token, (B, vocab_size), and the state."""
     chunk_len = require_number("chunk_len", chunk_len, 1, whole=True)
     check_tokens(model, tokens, state)
-    for piece in tokens.split(chunk_len, 1):
-        logits, state = model(piece, state)
+    *pieces, last = tokens.split(chunk_len, 1)
+    for piece in pieces:
+        _, state = model(piece, state, predict=False)
+    logits, state = model(last, state)
     return logits[:, -1], state
 
 @torch.no_grad()
@@ -406,7 +412,8 @@ def baseline_segment(layer, q, k, v, state):
 # --- At once: the parallel form, equal to `segment` after `segment` ------------------------------
 def segments_at_once(layer, q, k, v, state):
     """Read S complete segments in one go. q, k, v: (B, H, S N, d). Returns as `segment`."""
-    q, k, v = (y.unflatten(2, (-1, layer.N)).transpose(1, 2).contiguous() for y in (q, k, v))
+    S = k.shape[2] // layer.N
+    q, k, v = (y.unflatten(2, (S, -1)).transpose(1, 2).contiguous() for y in (q, k, v))
     a, memory = layer.attend(q, k, v), None                          # (B, S, H, N, d_value)
     if layer.config.attention == "infini":
         M, z = scan(state.memory, k, v, layer.config.update)

@@ -62,8 +62,7 @@ PARAGRAPH = len(words(HAY))    # 24 tokens
 @lru_cache(4096)
 def token_ids(text):
     unknown = [word for word in words(text) if word not in TOKEN]
-    if unknown:
-        raise ValueError(f"word was {unknown[0]!r}, must be one of the prompt's {len(TOKEN)}")
+    require(not unknown, "word", unknown[:1], f"one of the prompt's {len(TOKEN)}")
     return [TOKEN[word] for word in words(text)]
 
 def encode(text):
@@ -106,10 +105,9 @@ def is_held_out(key):
 def draw_keys(rng, n, digits, held_out):
     """Draw n keys for evaluation (held out) or training. A training key has at most five different
     digits, drawn anew per key, since keys that repeat a digit are the hard ones."""
-    keys, most = [], 10 ** digits // 11    # about one in ten is held out
+    keys, ten, most = [], "0123456789", 10 ** digits // 11    # about one in ten is held out
     require(n <= most or not held_out, "number of held-out keys", n, f"at most {most}")
     while len(keys) < n:
-        ten = "0123456789"
         key = "".join(rng.choices(ten if held_out else rng.sample(ten, 5), k=digits))
         if is_held_out(key) == held_out and not (held_out and key in keys):
             keys.append(key)
@@ -121,16 +119,20 @@ def draw_hay(rng, n, kinds):
     start = rng.randrange(PARAGRAPH)
     return write_hay(rng.choice(kinds), math.ceil(n / PARAGRAPH) + 1, rng)[start:start + n]
 
-def answer_loss(logits, tasks):
-    """Compute the cross entropy of the answers' digits, the last tokens, and the share right."""
-    digits = torch.stack([encode(task.answer) for task in tasks]).to(logits.device)
-    logits = logits[:, -digits.shape[1]:]                            # (B, digits, vocabulary)
-    right = (logits.argmax(-1) == digits).float().mean().item()
-    return F.cross_entropy(logits.flatten(0, 1), digits.flatten()), {"digits right": right}
+def answer_loss(model, inputs, digits):
+    """Compute the cross entropy of the last tokens, the digits of the answers. The segments before
+    theirs are only read. Returns loss, tokens read, numbers to show."""
+    N, answers = model.config.segment_len, inputs[:, -digits:]
+    cut = (inputs.shape[1] - digits) // N * N
+    state = model(inputs[:, :cut], predict=False)[1] if cut else None
+    logits = model(inputs[:, cut:-1], state)[0][:, -digits:]         # (B, digits, vocabulary)
+    right = (logits.argmax(-1) == answers).float().mean().item()
+    loss = F.cross_entropy(logits.flatten(0, 1), answers.flatten())
+    return loss, inputs.numel(), {"digits right": right}
 
 def plain_loss(model, rng, longest, tokens_per_step, kinds):
     """Compute the loss on inputs of one random length, log-uniform up to `longest` tokens. Half of
-    the needles stand at the very end. Returns loss, tokens read, numbers to show."""
+    the needles stand at the very end. Returns what answer_loss does."""
     n_tokens = int(SHORTEST * (longest / SHORTEST) ** rng.random())
     digits, N = rng.choice([DIGITS, DIGITS, rng.randint(3, 6)]), model.config.segment_len
     keys = draw_keys(rng, max(1, tokens_per_step // n_tokens), digits, held_out=False)
@@ -143,8 +145,7 @@ def plain_loss(model, rng, longest, tokens_per_step, kinds):
     before = [rng.choice([n_hay, rng.randint(0, n_hay)]) for _ in tasks]
     inputs = torch.stack([write_input(task, draw_hay(rng, n_hay, kinds), n)
                           for task, n in zip(tasks, before)]).to(model.embedding.weight.device)
-    loss, shown = answer_loss(model(inputs[:, :-1])[0], tasks)
-    return loss, inputs.numel(), shown
+    return answer_loss(model, inputs, digits)
 
 @torch.no_grad()
 def sharpen(model, factor):
@@ -218,12 +219,12 @@ def evaluate(model, tasks, lengths, depths, hay="paper"):
         cells.setdefault((before, total - before), []).append((n, depth))
     n_all = max(cells, default=[0])[0] + B * sum(dict(sorted(cells)).values())
     progress = Progress("looking", 0, PARAGRAPH * n_all + 1, "tokens")
-
+    @torch.no_grad()
     def read(state, n, rng):
         at_once = max(4, 80 // len(state[0].k))                      # at most some 2,000 tokens
         for i in range(0, n, at_once):
             text = write_hay(hay, min(at_once, n - i), rng).expand(len(state[0].k), -1).to(device)
-            _, state = stream(model, text, state)
+            _, state = model(text, state, predict=False)
             progress.show(progress.tokens + text.numel(), text.numel())
         return state
     _, prefix = stream(model, encode(INTRO)[None].to(device))
@@ -238,8 +239,7 @@ def evaluate(model, tasks, lengths, depths, hay="paper"):
         right = (written[:, questions.shape[1]:] == answers).float()
         for n, depth in cells[before, after]:
             yield Found(n, depth, right.mean().item(), right.amin(1).mean().item())
-    if cells:
-        progress.show(progress.total, 0)
+    cells and progress.show(progress.total, 0)
 
 # --- Table and picture ---------------------------------------------------------------------------
 def short(n):

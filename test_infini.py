@@ -316,6 +316,24 @@ def test_any_cutting_into_calls_gives_the_logits_of_one_call_and_its_gradients(k
     for name, p in model.named_parameters():
         same(p.grad, expected[name])
 
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_a_text_that_is_only_read_asks_nothing_of_the_last_layer(kind, form, checkpoint):
+    model, tokens = make(kind, form=form, checkpoint=checkpoint), tokens_of(2, 33)
+    first, last = (heard(block.up) for block in model.blocks)
+    for cut in (1, 5, 18, 30):
+        results = []
+        for predict in (True, False):
+            first.clear(), last.clear(), model.zero_grad()
+            nothing, state = model(tokens[:, :cut], predict=predict)
+            assert [sum(n for n, _ in calls) for calls in (first, last)] == [cut, cut * predict]
+            logits, after = model(tokens[:, cut:], state)
+            (logits * normal(*logits.shape)).sum().backward()
+            results.append([logits, *tensors_in(state), *tensors_in(after),
+                            *(p.grad.clone() for p in model.parameters())])
+        assert nothing.shape == (2, 0, 17)
+        for a, b in zip(*results, strict=True):
+            same(a, b)
+
 # --- Contract 3 to 5: two forms of one function, no future, gradients through the memory ----------
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 def test_parallel_equals_recurrent_gradients_too(kind, dtype, tolerance):

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from infini import InfiniAttention, InfiniConfig, InfiniTransformer, Memory, generate, stream
-from passkey import model_config
+from passkey import answer_loss, model_config
 from train import KINDS, Parser, make_optimizer, run_command, set_up, take_step, whole
 
 paper = partial(InfiniConfig, d_model=1024, n_heads=8, d_key=128, d_value=128, segment_len=2048)
@@ -110,12 +110,12 @@ def in_new_process(function, *args):
 
 def measurements(b, peer):
     """Measure. Yields what it is, two values and their unit. b: SIZES, as attributes."""
-    far, near = (in_new_process(streaming_peak, n) for n in (b.far, b.near))
-    yield "peak memory, streaming 1M / 32K tokens", far, near, "MB"
+    peaks = (in_new_process(streaming_peak, n) for n in (b.far, b.near))
+    yield "peak memory, streaming 1M / 32K tokens", *peaks, "MB"
     for batch, n, kind in b.trained:
-        ours, other = (in_new_process(training_peak, config, batch, n)
-                       for config in (dict(checkpoint=True), dict(attention=kind)))
-        yield f"peak memory, training, {n:,} tokens, checkpoint=True / {kind}", ours, other, "MB"
+        peaks = (in_new_process(training_peak, config, batch, n)
+                 for config in (dict(checkpoint=True), dict(attention=kind)))
+        yield f"peak memory, training, {n:,} tokens, checkpoint=True / {kind}", *peaks, "MB"
     kinds = [KINDS[kind] for kind in ("local", "linear", "delta")]
     models = [InfiniTransformer(model_config(**kind)).eval() for kind in kinds]
     layers = [InfiniAttention(paper(**kind)) for kind in kinds]
@@ -140,19 +140,18 @@ def measurements(b, peer):
         theirs, ours = (torch.no_grad()(partial(layer, x[:1])) for layer in (theirs, ours))
         times = (1e6 / shape[1] * t for t in medians(repeats, theirs, ours))
         yield f"reading, time per token, {what}", *times, "us"
-    n = b.parallel_tokens
-    at_once, in_turn = medians(b.repeats, *(model_step([(1, n)], update="linear", form=form)
-                                            for form in ("parallel", "recurrent")))
-    yield (f"training speed, small, Linear, {n:,} tokens, parallel / recurrent",
-           n / at_once, n / in_turn, "tokens/s")
+    model, x = InfiniTransformer(model_config(update="linear")), random_tokens(2, 1025)
+    steps = (lambda n=n: answer_loss(model, x, n)[0].backward() for n in (1024, 4))
+    times = (1e3 * t for t in medians(4 * b.repeats, *steps))
+    yield "training step, small, Linear, every token asked / the last four", *times, "ms"
+    steps = (model_step([(1, b.parallel_tokens)], update="linear", form=form)
+             for form in ("parallel", "recurrent"))
+    speeds = (b.parallel_tokens / t for t in medians(b.repeats, *steps))
+    yield "training speed, small, Linear, parallel / recurrent", *speeds, "tokens/s"
     model, full = (InfiniTransformer(model_config(**kind)).eval() for kind in ({}, KINDS["full"]))
-    text, n = random_tokens(1, b.far), b.near
-    states = [stream(model, text[:, :n])[1] for n in (b.far, b.near)]
-    far, near = medians(b.repeats, *(partial(stream, model, text[:, :n], s) for s in states))
-    yield "streaming, time per token at 1M / at 32K", 1e6 * far / n, 1e6 * near / n, "us"
-    text = text[:, :n]    # read in one call, which is fastest for "full"
-    full, infini = medians(3, partial(stream, full, text, None, n), partial(stream, model, text))
-    yield f"forward, small, {n:,} tokens, full / infini", full, infini, "s"
+    full_at_once = partial(stream, full, text, chunk_len=b.near)    # which is its fastest
+    times = medians(3, full_at_once, partial(stream, model, text))
+    yield f"streaming, small, {b.near:,} tokens, full / infini", *times, "s"
 
 def main():
     parser = Parser("Measure time and memory beside attention without memory, on the CPU.")

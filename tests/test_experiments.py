@@ -340,16 +340,16 @@ def test_bench_divides_what_its_rows_say(tmp_path, monkeypatch, command):
         peer=(("tiny", bench.model_config, (2, 64, 64)), ("paper", bench.paper, (1, 8, 1024)))))
     monkeypatch.setattr(bench, "peer_of", lambda ours: lambda x: (ours(x)[0] + 2, None))
     monkeypatch.setattr(bench, "find_spec", lambda name: True)
-    ran, forward = [], infini.InfiniAttention.forward
-    monkeypatch.setattr(infini.InfiniAttention, "forward", lambda layer, x, state=None: (
-        ran.append(layer.config), forward(layer, x, state))[1])
+    ran, written, forward = [], [], infini.InfiniAttention.forward
+    monkeypatch.setattr(infini.InfiniAttention, "forward", lambda layer, *inputs: (
+        ran.append(layer.config), written.append(inputs[-1] is False), forward(layer, *inputs))[2])
     def seconds(action):    # not how long it takes, but a number that says what runs
-        ran.clear()
+        ran.clear(), written.clear()
         action()
         kind = ran[0].attention if ran and ran[0].attention != "infini" else ran and ran[0].update
         number = dict(local=2.0, linear=3.0, delta=4.0, full=5.0).get(kind or "", 7.0)
-        return number + (1024 * (ran[0].d_model == 1024) + 100 * (ran[0].form == "recurrent")
-                         if ran else 0)
+        return number + 50 * any(written) + (
+            1024 * (ran[0].d_model == 1024) + 100 * (ran[0].form == "recurrent") if ran else 0)
     monkeypatch.setattr(bench, "medians", lambda repeats, *actions: [*map(seconds, actions)])
     monkeypatch.setattr(bench, "in_new_process", lambda function, *args: args[-1] + len(str(args)))
     code, out, err = command(bench.main, "--out", tmp_path, "--threads", 1, "--peer")
@@ -364,7 +364,7 @@ def test_bench_divides_what_its_rows_say(tmp_path, monkeypatch, command):
             "t.*small, Delta": (4e3, 2e3), "t.*paper layer, Linear / local": (1027, 1026),
             "t.*paper.*Delta": (1028, 1026), "streaming, .*Linear / local": (3e6 / 64, 2e6 / 64),
             "gen.*Linear / l": (15e5, 1e6), "tr.*speed.*parallel / recurrent": (64 / 3, 64 / 103),
-            "forward.* 64 .*full / infini": (5, 4),
+            "str.* 64 .*full / infini": (5, 4), "tr.*every token.* last": (3e3, 53e3),
             "tr.* tiny layer, linear, peer": (3e3, 3e3), "tr.* paper layer, delta": (1028e3,) * 2,
             "rea.*, tiny layer, delta, peer": (4e6 / 64, 4e6 / 64)}.items():
         assert [x for what, x in found.items() if re.match(pattern, what)] == [

@@ -61,12 +61,13 @@ def test_the_prompt_is_the_papers_word_for_word():
 
 # --- Training ------------------------------------------------------------------------------------
 def shown(way, steps, seed=0, of=100):    # inputs, without the last digit, a target only
-    model = Mock(side_effect=lambda tokens: (torch.zeros(*tokens.shape, 53).requires_grad_(), None),
-                 blocks=[], config=passkey.model_config())
+    model = Mock(side_effect=lambda tokens, *_, **options: (
+        torch.zeros(*tokens.shape, 53).requires_grad_(), None), blocks=[],
+        config=passkey.model_config())
     model.embedding.weight.device = "cpu"
     for step in steps:
         _, n_tokens, _ = passkey.way_loss(way, seed, of)(model, step)
-        inputs, = model.call_args.args
+        inputs = torch.cat([call.args[0] for call in model.call_args_list[-2:]], 1)
         assert n_tokens == inputs.numel() + len(inputs)
         yield inputs
 
@@ -139,16 +140,25 @@ def test_w_q_and_w_k_grow_fourfold_in_the_first_90_percent_of_sharp_and_else_in_
                     assert torch.allclose(weights, scale * before[name], rtol=1e-5)
     assert "blocks.1.attention.w_q.weight" in before
 
-def test_only_the_digits_of_the_answer_count_in_the_loss():
-    logits = torch.randn(2, 70, 53, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    logits.data[0, 66, DIGITS[9]] = logits.data[1, 69, DIGITS[7]] = 9    # two of eight are right
-    loss, numbers = passkey.answer_loss(logits, [one_key(key) for key in ("9054", "1177")])
-    p = logits.detach().softmax(-1)
-    costs = [-p[row, 66 + i, DIGITS[int(digit)]].log()
-             for row, key in enumerate(["9054", "1177"]) for i, digit in enumerate(key)]
+@pytest.mark.parametrize("keys, n_hay", [(["9054", "1177"], 64), (["117"], 0), (["123456"], 700)])
+def test_only_the_digits_of_the_answer_count_in_the_loss(keys, n_hay):
+    model, hay, n = new_model(), write_hay("paper", 30, None)[:n_hay], len(keys[0])
+    model.head.weight.data[DIGITS[1]] *= 9    # so that some are right
+    inputs = torch.stack([write_input(one_key(key), hay, 5) for key in keys])
+    loss, n_tokens, numbers = passkey.answer_loss(model, inputs, n)
     loss.backward()
-    assert (logits.grad[:, :66] == 0).all() and (logits.grad[:, 66:] != 0).all()
-    assert loss.item() == pytest.approx(np.mean(costs)) and numbers == {"digits right": 0.25}
+    found = [p.grad.clone() for p in model.parameters()]
+    p = model(inputs)[0][:, -n - 1:-1].softmax(-1)    # read at once, with nothing left out
+    cells = [(cell, DIGITS[int(digit)])
+             for row, key in zip(p, keys) for cell, digit in zip(row, key)]
+    expected = sum(-cell[digit].log() for cell, digit in cells) / len(cells)
+    model.zero_grad()
+    expected.backward()
+    for gradient, parameter in zip(found, model.parameters(), strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-3, atol=1e-5)
+    right = np.mean([cell.argmax() == digit for cell, digit in cells])
+    assert (loss.item(), numbers["digits right"]) == pytest.approx((expected.item(), right))
+    assert n_tokens == inputs.numel()
 
 def test_each_way_is_trained_as_the_docstring_says(tmp_path, monkeypatch):
     def listen(model, loss_of, steps, path, lr, gate_lr, resume, settings):
