@@ -79,20 +79,15 @@ def write_hay(kind, n, rng):
     sentences = [encode(s) for s in re.findall(r"\w[^.]+\.", HAY)]
     return torch.cat([s for _ in range(n) for s in rng.sample(sentences, 5)] or [encode("")])
 
-class Task(NamedTuple):
-    """Holds what is hidden in the hay, what is asked at the end, and the answer, all as text."""
-    needle: str
-    question: str
-    answer: str
-
 def one_key(key, needle=NEEDLE):
-    """Make the task to find one key. The needle may also hold {1}, the key backwards."""
-    return Task(needle.format(key, key[::-1]), QUESTION, key)
+    """Make the task to find one key, three texts: what is hidden in the hay, what is asked at the
+    end, and the answer. The needle may also hold {1}, the key backwards."""
+    return needle.format(key, key[::-1]), QUESTION, key
 
 def write_input(task, hay, before):
     """Write an input and its answer, (T,) ids, with the needle after `before` tokens of hay."""
-    return torch.cat([encode(INTRO), hay[:before], encode(task.needle), hay[before:],
-                      encode(task.question), encode(task.answer)])
+    needle, question, answer = map(encode, task)
+    return torch.cat([encode(INTRO), hay[:before], needle, hay[before:], question, answer])
 
 def paragraphs(n_tokens, task):
     """Return how many paragraphs of hay make an input of at least n_tokens, with its answer."""
@@ -135,8 +130,8 @@ def plain_loss(model, rng, longest, tokens_per_step, kinds):
     the needles stand at the very end. Returns what answer_loss does."""
     n_tokens = int(SHORTEST * (longest / SHORTEST) ** rng.random())
     digits, N = rng.choice([DIGITS, DIGITS, rng.randint(3, 6)]), model.config.segment_len
-    keys = draw_keys(rng, max(1, tokens_per_step // n_tokens), digits, held_out=False)
-    tasks = [one_key(key) for key in keys]
+    n_keys = max(1, tokens_per_step // n_tokens)
+    tasks = [*map(one_key, draw_keys(rng, n_keys, digits, held_out=False))]
     n_other = len(write_input(tasks[0], encode(""), 0))
     n_hay = max(0, n_tokens - n_other)
     begin = (n_other + n_hay - digits) % N    # the answer's place in its segment

@@ -270,7 +270,7 @@ def test_sharpness_weighs_the_needle_against_a_token_of_hay_for_each_digit(facto
     for n, (i, key) in product((200, 400), enumerate(keys)):
         halves, task = sharpness.half_lengths(model, n, keys, **factors)[:, :, i], one_key(key)
         assert halves.shape == (4, 2, 4)
-        first, n_needle = (len(passkey.encode(text)) for text in (passkey.INTRO, task.needle))
+        first, n_needle = (len(passkey.encode(text)) for text in (passkey.INTRO, task[0]))
         text = passkey.write_input(task, passkey.write_hay("paper", n // 96 * 4, None), 0)[:-1]
         start = (first + n_needle + 96) // 32 * 32    # of the hay that counts
         last, x = start + (n // 96 - 1) * 96, scaled.embedding(text[None])
@@ -319,8 +319,8 @@ def test_texts_differ_from_the_papers_in_one_thing_each(tmp_path, monkeypatch, c
     keys = passkey.draw_keys(random.Random("evaluation 7"), 3, 4, held_out=True)
     for name, (tasks, *rest) in zip(names, asked[::2], strict=True):    # others: beyond 32K
         assert rest == [[1024, 8192], [0, 0.25], "words" if name == "words" else "paper"]
-        assert [task.answer for task in tasks] == keys or name == "6-digits"
-        assert {len(task.answer) for task in tasks} == {6 if name == "6-digits" else 4}
+        assert [answer for _, _, answer in tasks] == keys or name == "6-digits"
+        assert {len(answer) for _, _, answer in tasks} == {6 if name == "6-digits" else 4}
         for needle, question, key in tasks:
             decoy = f" {passkey.HAY} The blue info is {key[::-1]}. Find it. {key[::-1]}{end}"
             assert passkey.is_held_out(key) and question == passkey.QUESTION
