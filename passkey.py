@@ -32,11 +32,12 @@ HAY = "The grass is green. The sky is blue. The sun is yellow. Here we go. There
 NEEDLE = "The pass key is {0}. Remember it. {0} is the pass key."
 QUESTION = "What is the pass key? The pass key is"
 DIGITS, SHORTEST = 4, 64    # of a key; tokens of a training input
-WAYS = {    # goes on from, steps, tokens of the longest input, tokens per step, rate, sharper
-    "local": (None, 4000, 256, 1024, 4e-3, 1),        # the control, a model without memory
-    "short": (None, 4000, 256, 1024, 4e-3, 1),        # long inputs alone would teach nothing
-    "plain": ("short", 1600, 5000, 2048, 2e-3, 1),    # inputs of up to 5K tokens, as in the paper
-    "sharp": ("plain", 1600, 5000, 2048, 2e-3, 4)}    # the same, while W_Q and W_K grow fourfold
+WAYS = {    # goes on from, steps, tokens of the longest input, tokens per step, rate
+    "local": (None, 4000, 256, 1024, 4e-3),        # the control, a model without memory
+    "short": (None, 4000, 256, 1024, 4e-3),        # long inputs alone would teach nothing
+    "plain": ("short", 1600, 5000, 2048, 2e-3),    # inputs of up to 5K tokens, as in the paper
+    "sharp": ("plain", 1600, 5000, 2048, 2e-3)}    # the same, while W_Q and W_K grow
+GROWTH = {"linear": (6, 0.7), "delta": (4, 0.9)}    # by this factor, in this share of the steps
 PAPER_LENGTHS = [2 ** 15, 2 ** 17, 2 ** 18, 2 ** 19, 2 ** 20]
 PAPER = {    # Table 3 at these lengths: digits right in %, key at the start/middle/end
     "zero-shot linear": "14/13/98 11/14/100 6/3/100 6/7/99 8/6/98",
@@ -151,13 +152,14 @@ def sharpen(model, factor):
         block.attention.w_k.weight *= factor
 
 def way_loss(way, seed, steps):
-    """Make a way's loss_of(model, step). Without a start, inputs grow for 30% of the steps. In the
-    first 90% of a way that sharpens, W_Q and W_K grow a little before each step."""
-    start, _, longest, tokens_per_step, _, sharper = WAYS[way]
+    """Make a way's loss_of(model, step). Without a start, inputs grow for 30% of the steps. In
+    "sharp" W_Q and W_K grow a little before each of the first steps. The others mend the rest."""
+    start, _, longest, tokens_per_step, _ = WAYS[way]
     kinds = ["paper", "shuffled", "words", "words" if start else "paper"]
     def loss_of(model, step):
-        if step < 0.9 * steps:
-            sharpen(model, sharper ** (1 / (0.9 * steps)))
+        factor, share = GROWTH[model.config.update]
+        if way == "sharp" and step < share * steps:
+            sharpen(model, factor ** (1 / (share * steps)))
         grown = 1 if start else min(1, step / steps / 0.3)
         return plain_loss(model, random.Random(f"{seed} after {start}/{step}"),
                           SHORTEST * (longest / SHORTEST) ** grown, tokens_per_step, kinds)
@@ -179,7 +181,7 @@ def train_ways(rule, ways, seed, steps, out, device, resume):
     for way in reversed(WAYS):    # what a way goes on from is trained, too
         if way in wanted:
             wanted.add(WAYS[way][0])
-    for way, (start, default, _, _, lr, _) in WAYS.items():
+    for way, (start, default, _, _, lr) in WAYS.items():
         if way in wanted and (way == "local") == (rule == "-"):
             n, start = steps or default, paths.get(start)
             paths[way] = train_one(way, rule, seed, way_loss(way, seed, n), n, lr, out, start,

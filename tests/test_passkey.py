@@ -127,14 +127,17 @@ def test_inputs_are_as_long_as_asked_with_needles_anywhere_and_half_at_the_end(
     assert shares.sum() == pytest.approx(1) and shares[:3].min() > 0.08 and 0.45 < shares[4] < 0.58
     assert len(set(starts)) == 32    # at every place in a segment
 
-def test_w_q_and_w_k_grow_fourfold_in_the_first_90_percent_of_sharp_and_else_in_no_way():
-    for way, factor in (("local", 1), ("short", 1), ("plain", 1), ("sharp", 4)):
-        model = new_model("local" if way == "local" else "infini-linear")
+def test_w_q_and_w_k_grow_sixfold_with_linear_and_fourfold_with_delta_in_sharp_only():
+    for way, kind, factor, last in (
+            ("local", "local", 1, 1), ("short", "infini-linear", 1, 1),
+            ("plain", "infini-delta", 1, 1), ("sharp", "infini-linear", 6, 7),
+            ("sharp", "infini-delta", 4, 9)):
+        model = new_model(kind)
         before, loss_of = deepcopy(model.state_dict()), passkey.way_loss(way, 0, 10)
         with patch("passkey.plain_loss"):
             for step in range(10):
                 loss_of(model, step)
-                grown = factor ** (min(step + 1, 9) / 9)
+                grown = factor ** (min(step + 1, last) / last)
                 for name, weights in model.state_dict().items():
                     scale = grown if "w_q" in name or "w_k" in name else 1
                     assert torch.allclose(weights, scale * before[name], rtol=1e-5)
