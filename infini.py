@@ -253,7 +253,7 @@ class InfiniAttention(nn.Module):
         one_by_one = self.config.form == "recurrent" or kind == "xl" or self.N >= 512
         lengths = self.pieces(x.shape[1], state.k.shape[2], one_by_one)
         for q, k, v in zip(*(y.split(lengths, 2) for y in self.project(x))):
-            q = q if predict else q[:, :, :0]                        # none asks
+            q = q if predict else q[:, :, :0]                        # no query, no read
             if k.shape[2] > self.N:
                 a, state = segments_at_once(self, q, k, v, state)    # equal, but faster
             elif kind == "infini":
@@ -299,13 +299,13 @@ class InfiniTransformer(nn.Module):
         """Read T more tokens of each document. tokens: (B, T) whole numbers.
         state: what the call before returned, a list with a State per layer. Returns logits for the
         token after each, (B, T, vocab_size), and the next state. Raises ValueError on a misfit.
-        predict: False only reads. It is faster, since the last layer only writes; no logits."""
+        predict: False only reads. The last layer only writes then, and there are no logits."""
         check_tokens(self, tokens, state)
         x, states = self.embedding(tokens), []                       # (B, T, d_model)
         for block, s in zip(self.blocks, state or [None] * len(self.blocks)):
             recompute = self.config.checkpoint and self.training
-            each = predict or block is not self.blocks[-1]
-            x, s = self.recomputed(block, x, s, each) if recompute else block(x, s, each)
+            asked = predict or block is not self.blocks[-1]          # a next layer asks for x
+            x, s = self.recomputed(block, x, s, asked) if recompute else block(x, s, asked)
             states.append(s)
         return self.head(self.norm(x)), states
 

@@ -536,9 +536,10 @@ def test_greedy_generation_equals_rerunning_the_whole_prefix(kind):
 
 def test_streaming_and_generation_read_in_chunks_and_keep_no_graph():
     model, text = make(), tokens_of(1, 5000)
-    calls = heard(model)
+    calls, asked = heard(model), heard(model.blocks[-1].up)
     logits, _ = stream(model, text[:, :123], chunk_len=50)
     assert calls == [(50, False), (50, False), (23, False)] and not logits.requires_grad
+    assert [n for n, _ in asked] == [0, 0, 23]               # only the last logits are needed
     calls.clear()
     generate(model, text, 4)                                 # a new token costs a call of length 1
     assert calls == [(length, False) for length in (2048, 2048, 904, 1, 1, 1)]

@@ -192,6 +192,7 @@ def test_the_answers_are_those_of_one_call_on_each_whole_input(kind, hay, monkey
     tasks, written = [one_key(key) for key in ("9054", "1177", "0000")], []
     lengths, depths = [100, 300, 700 if kind == "full" else 2300], [0, 0.3, 1]
     def listening(model, questions, n, **options):
+        assert not options["state"][0].k.requires_grad    # reading keeps no graph
         written.append(generate(model, questions, n, **options)[:, -4:])
         right = torch.stack([encode("9055"), encode("1177"), encode("1111")])
         return torch.cat([questions, right], 1)    # 3 of 4, 4 of 4, none
