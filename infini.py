@@ -216,7 +216,8 @@ class InfiniAttention(nn.Module):
 
     def segment(self, q, k, v, state):
         """Read a segment, O_s, M_s = infini-attention(X_s, M_{s-1}), Eq. 4, or a part of it.
-        q, k, v: (B, H, T, d). Returns a: (B, H, T, d_value) and the next state."""
+        q, k, v: (B, H, T, d). Returns a: (B, H, T, d_value) and the next state. Without queries
+        (T = 0 in q) it only writes."""
         k, v = state.append(k, v)                        # the segment so far: (B, H, L + T, d)
         a_dot = self.attend(q, k, v)                     # look around in the segment,
         a_mem = retrieve(q, state.memory)                # read the segments before it,
@@ -245,7 +246,7 @@ class InfiniAttention(nn.Module):
         """Read T more tokens of each document, and project what the heads found, Eq. 11.
         x: (B, T, d_model). state: what the call before returned. Returns o: (B, T, d_model) and the
         next state. Calls may end anywhere, as segments are counted from the start of the document.
-        predict: False only writes, so o is empty. Raises ValueError if x or state do not fit."""
+        predict: False only writes; o is (B, 0, d_model). Raises ValueError if x or state misfit."""
         check_input(self, x, state)
         state = self.empty_state(x) if state is None else state
         kind, outputs = self.config.attention, []
@@ -278,7 +279,7 @@ class Block(nn.Module):
 
     def forward(self, x, state, predict=True):
         o, state = self.attention(self.norm1(x), state, predict)
-        x = x + o if predict else o
+        x = x + o if predict else o                                  # (B, 0, d_model) else
         return x + self.down(F.gelu(self.up(self.norm2(x)))), state
 
 class InfiniTransformer(nn.Module):
@@ -299,7 +300,7 @@ class InfiniTransformer(nn.Module):
         """Read T more tokens of each document. tokens: (B, T) whole numbers.
         state: what the call before returned, a list with a State per layer. Returns logits for the
         token after each, (B, T, vocab_size), and the next state. Raises ValueError on a misfit.
-        predict: False only reads. The last layer only writes then, and there are no logits."""
+        predict: False only reads. The last layer only writes, and logits are (B, 0, vocab_size)."""
         check_tokens(self, tokens, state)
         x, states = self.embedding(tokens), []                       # (B, T, d_model)
         for block, s in zip(self.blocks, state or [None] * len(self.blocks)):

@@ -63,7 +63,8 @@ PARAGRAPH = len(words(HAY))    # 24 tokens
 @lru_cache(4096)
 def token_ids(text):
     unknown = [word for word in words(text) if word not in TOKEN]
-    require(not unknown, "word", unknown[:1], f"one of the prompt's {len(TOKEN)}")
+    if unknown:
+        raise ValueError(f"word was {unknown[0]!r}, must be one of the prompt's {len(TOKEN)}")
     return [TOKEN[word] for word in words(text)]
 
 def encode(text):
@@ -119,7 +120,7 @@ def answer_loss(model, inputs, digits):
     """Compute the cross entropy of the last tokens, the digits of the answers. The segments before
     theirs are only read. Returns loss, tokens read, numbers to show."""
     N, answers = model.config.segment_len, inputs[:, -digits:]
-    cut = (inputs.shape[1] - digits) // N * N
+    cut = (inputs.shape[1] - digits - 1) // N * N
     state = model(inputs[:, :cut], predict=False)[1] if cut else None
     logits = model(inputs[:, cut:-1], state)[0][:, -digits:]         # (B, digits, vocabulary)
     right = (logits.argmax(-1) == answers).float().mean().item()
@@ -153,7 +154,8 @@ def sharpen(model, factor):
 
 def way_loss(way, seed, steps):
     """Make a way's loss_of(model, step). Without a start, inputs grow for 30% of the steps. In
-    "sharp" W_Q and W_K grow a little before each of the first steps. The others mend the rest."""
+    "sharp" W_Q and W_K grow a little before each of the first steps (GROWTH). The remaining steps
+    repair what that has broken."""
     start, _, longest, tokens_per_step, _ = WAYS[way]
     kinds = ["paper", "shuffled", "words", "words" if start else "paper"]
     def loss_of(model, step):
