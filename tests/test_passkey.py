@@ -143,7 +143,8 @@ def test_w_q_and_w_k_grow_sixfold_with_linear_and_fourfold_with_delta_in_sharp_o
                     assert torch.allclose(weights, scale * before[name], rtol=1e-5)
     assert "blocks.1.attention.w_q.weight" in before
 
-@pytest.mark.parametrize("keys, n_hay", [(["9054", "1177"], 64), (["117"], 0), (["123456"], 700)])
+@pytest.mark.parametrize("keys, n_hay", [
+    (["9054", "1177"], 64), (["9054"], 4), (["117"], 0), (["123456"], 700)])
 def test_only_the_digits_of_the_answer_count_in_the_loss(keys, n_hay):
     model, hay, n = new_model(), write_hay("paper", 30, None)[:n_hay], len(keys[0])
     model.head.weight.data[DIGITS[1]] *= 9    # so that some are right
