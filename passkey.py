@@ -238,7 +238,8 @@ def evaluate(model, tasks, lengths, depths, hay="paper"):
         right = (written[:, questions.shape[1]:] == answers).float()
         for n, depth in cells[before, after]:
             yield Found(n, depth, right.mean().item(), right.amin(1).mean().item())
-    cells and progress.show(progress.total, 0)
+    if cells:
+        progress.show(progress.total, 0)
 
 # --- Table and picture ---------------------------------------------------------------------------
 def short(n):
