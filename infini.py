@@ -122,9 +122,7 @@ def sigma(x):
     """Compute ELU(x) + 1 (section 3.1.2), which is 1 + x above zero and e^x below.
     Departure: F.elu(x) + 1 computes (e^x - 1) + 1, which in float32 has no digits left below
     x = -16. We compute e^x itself, since a million such small weights add up."""
-    x = at_least_float32(x)
-    positive = x.relu()
-    return (x - positive).exp() + positive    # backward is 3 times faster than with x.clamp(max=0)
+    return Sigma.apply(at_least_float32(x))    # e^min(x, 0) + max(x, 0)
 
 def full_precision(x):
     """Switch autocast off, which would multiply M and z in half precision."""
@@ -200,19 +198,20 @@ class InfiniAttention(nn.Module):
             rise = (torch.arange(c.n_heads) - (c.n_heads - 1) / 2) / max(1, c.n_heads - 1)
             self.beta = nn.Parameter(c.gate_init + c.gate_spread * rise)    # rise: -1/2 ... 1/2
         self.N = sys.maxsize if c.attention == "full" else c.segment_len    # full: one segment
+        self.kernel = local_attention if self.N < 512 else fused_attention    # equal, but faster
 
     def project(self, x):
         """Compute queries, keys and values, Eq. 5. Segment and memory use the same ones."""
         heads = self.config.n_heads, -1
         return [w(x).unflatten(-1, heads).transpose(1, 2) for w in (self.w_q, self.w_k, self.w_v)]
 
-    def attend(self, q, k, v, kernel=local_attention):
+    def attend(self, q, k, v):
         """Give queries and keys positions, then attend. The memory never sees these positions.
         Departure: the paper does not name an embedding. We use RoPE, counted inside the segment."""
         T, L, base = q.shape[-2], k.shape[-2], self.config.rope_base
         positions = torch.arange(L, device=q.device)
         q, k = rotary(q, positions[L - T:], base), rotary(k, positions, base)
-        return kernel(q, k, v, self.config.causal)
+        return self.kernel(q, k, v, self.config.causal)
 
     def segment(self, q, k, v, state):
         """Read a segment, O_s, M_s = infini-attention(X_s, M_{s-1}), Eq. 4, or a part of it.
@@ -250,7 +249,7 @@ class InfiniAttention(nn.Module):
         check_input(self, x, state)
         state = self.empty_state(x) if state is None else state
         kind, outputs = self.config.attention, []
-        # Long segments keep the cores busy one by one. All their scores would fill the memory.
+        # Long segments keep the cores busy one by one.
         one_by_one = self.config.form == "recurrent" or kind == "xl" or self.N >= 512
         lengths = self.pieces(x.shape[1], state.k.shape[2], one_by_one)
         for q, k, v in zip(*(y.split(lengths, 2) for y in self.project(x))):
@@ -396,7 +395,7 @@ class Previous(NamedTuple):
 def fused_attention(q, k, v, causal):
     """Compute local_attention by PyTorch's kernel, which never stores the T x L scores."""
     T, L = q.shape[-2], k.shape[-2]
-    mask = None if T == L else torch.ones(T, L, dtype=torch.bool, device=q.device).tril(L - T)
+    mask = q.new_ones(T, L, dtype=torch.bool).tril(L - T) if causal and T < L else None
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal and T == L)
 
 def baseline_segment(layer, q, k, v, state):
@@ -405,41 +404,48 @@ def baseline_segment(layer, q, k, v, state):
     kind, before = layer.config.attention, state.memory
     k, v = state.append(k, v)
     seen = State.append(before, k, v) if kind == "xl" else (k, v)
-    a = layer.attend(q, *seen, fused_attention if kind == "full" else local_attention)
+    a = layer.attend(q, *seen)
     if k.shape[2] < layer.N:
         return a, State(before, k, v)
     return a, layer.empty_state(q, Previous(k.detach(), v.detach()) if kind == "xl" else None)
 
-# --- At once: the parallel form, equal to `segment` after `segment` ------------------------------
+# --- For speed: fewer steps over the numbers, and many segments at once --------------------------
+class Sigma(torch.autograd.Function):
+    """Computes sigma, and its derivative as min(sigma(x), 1), which autograd alone does not see."""
+    generate_vmap_rule = True    # for torch.func
+    forward = staticmethod(lambda x: x.clamp(max=0).exp_().add_(x.relu()))
+    setup_context = staticmethod(lambda ctx, inputs, output: ctx.save_for_backward(output))
+    backward = staticmethod(lambda ctx, grad: grad * ctx.saved_tensors[0].clamp(max=1))
+
 def segments_at_once(layer, q, k, v, state):
     """Read S complete segments in one go. q, k, v: (B, H, S N, d). Returns as `segment`."""
     S = k.shape[2] // layer.N
-    q, k, v = (y.unflatten(2, (S, -1)).transpose(1, 2).contiguous() for y in (q, k, v))
-    a, memory = layer.attend(q, k, v), None                          # (B, S, H, N, d_value)
+    q, k, v = (y.unflatten(2, (S, -1)).movedim(2, 0).contiguous() for y in (q, k, v))
+    a, memory = layer.attend(q, k, v), None                          # (S, B, H, N, d_value)
     if layer.config.attention == "infini":
         M, z = scan(state.memory, k, v, layer.config.update)
-        a = inject(layer.beta, retrieve(q, Memory(M[:, :-1], z[:, :-1])), a)
-        memory = Memory(M[:, -1].clone(), z[:, -1].clone())          # copies, not views of all
-    return a.transpose(1, 2).flatten(2, 3), layer.empty_state(q, memory)
+        a = inject(layer.beta, retrieve(q, Memory(M[:-1], z[:-1])), a)
+        memory = Memory(M[-1].clone(), z[-1].clone())                # copies, not views of all
+    return a.movedim(0, 2).flatten(2, 3), layer.empty_state(q[0], memory)
 
 def scan(memory, k, v, update):
     """Compute the memory before each of S segments and after the last, all at once.
-    k: (B, S, H, N, d_key), v: (B, S, H, N, d_value). Returns M: (B, S + 1, H, d_key, d_value) and
-    z: (B, S + 1, H, d_key). All writes are known in advance, and so are all z. So the delta rule is
+    k: (S, B, H, N, d_key), v: (S, B, H, N, d_value). Returns M: (S + 1, B, H, d_key, d_value) and
+    z: (S + 1, B, H, d_key). All writes are known in advance, and so are all z. So the delta rule is
     M_s = M_{s-1} - erase_s M_{s-1} + write_s. Only these small steps run in order."""
     sk = sigma(k)
     with full_precision(sk):
-        write = sk.mT @ v.to(sk.dtype)                               # (B, S, H, d_key, d_value)
-        z = torch.cat([memory.z.unsqueeze(1), sk.sum(-2)], 1).cumsum(1)
+        write = sk.mT @ v.to(sk.dtype)                               # (S, B, H, d_key, d_value)
+        z = torch.cat([memory.z.unsqueeze(0), sk.sum(-2)]).cumsum(0)
         M = [memory.M]
         if update == "linear":
-            for write_s in write.unbind(1):                          # faster than a cumsum
+            for write_s in write:                                    # faster than a cumsum
                 M.append(M[-1] + write_s)
         else:
-            erase = sk.mT @ (sk / normaliser(sk, z[:, :-1]))         # (B, S, H, d_key, d_key)
-            for erase_s, write_s in zip(erase.unbind(1), write.unbind(1)):
+            erase = sk.mT @ (sk / normaliser(sk, z[:-1]))            # (S, B, H, d_key, d_key)
+            for erase_s, write_s in zip(erase, write):
                 M.append(M[-1] - erase_s @ M[-1] + write_s)
-        return Memory(torch.stack(M, 1), z)
+        return Memory(torch.stack(M), z)
 
 # --- What is refused -----------------------------------------------------------------------------
 def require(ok, name, was, must):

@@ -232,25 +232,25 @@ def test_sigma_is_elu_plus_one_and_keeps_small_weights_that_float32_elu_plus_one
                                              (torch.bfloat16, False), (torch.float16, False)])
 def test_eqs7_to_9_one_by_one_or_at_once_are_computed_in_float32_or_wider(rule, dtype, autocast):
     """Queries, keys and values may be rounded. What is computed from them is not."""
-    q, k = (normal(2, 3, 3, 5, 4, seed=seed).to(dtype) for seed in (9, 10))    # (B, S, H, N, d)
-    v, wide = normal(2, 3, 3, 5, 6, seed=20).to(dtype), torch.promote_types(dtype, torch.float32)
+    q, k = (normal(4, 2, 3, 5, 4, seed=seed).to(dtype) for seed in (9, 10))    # (S, B, H, N, d)
+    v, wide = normal(4, 2, 3, 5, 6, seed=20).to(dtype), torch.promote_types(dtype, torch.float32)
     memory, update = Memory(*(y.to(wide) for y in filled())), infini.UPDATE[rule]
     before, reads, tolerance = [memory], [], 1e-10 if dtype == torch.float64 else 1e-5
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         at_once = infini.scan(memory, k, v, rule)
-        for s in range(3):
-            reads.append(infini.retrieve(q[:, s], before[s]))
-            before.append(update(before[s], k[:, s], v[:, s]))
+        for s in range(4):
+            reads.append(infini.retrieve(q[s], before[s]))
+            before.append(update(before[s], k[s], v[s]))
     assert all(y.dtype == wide for y in (*at_once, *reads, *before[-1]))
     q, k, v = (y.double().numpy() for y in (q, k, v))
     for b, h in np.ndindex(2, 3):
         M, z = (y[b, h].double().numpy() for y in memory)
-        for s in range(3):
-            same(reads[s][b, h], np.array([o_read(row, M, z) for row in q[b, s, h]]), tolerance)
-            M, z = o_write(k[b, s, h], v[b, s, h], M, z, rule)
+        for s in range(4):
+            same(reads[s][b, h], np.array([o_read(row, M, z) for row in q[s, b, h]]), tolerance)
+            M, z = o_write(k[s, b, h], v[s, b, h], M, z, rule)
             for one, every, expected in zip(before[s + 1], at_once, (M, z)):
                 same(one[b, h], expected, tolerance)
-                same(every[b, s + 1, h], expected, tolerance)
+                same(every[s + 1, b, h], expected, tolerance)
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("T", [3, 5, 20, 23])
@@ -357,6 +357,22 @@ def test_each_form_runs_its_own_code(kind, form, monkeypatch):
     for N in (511, 512) if at_once else ():                  # long segments go one by one
         layer_of(kind, form=form, segment_len=N)(normal(1, 1030, 12))
     assert calls == ([50, 1022] if at_once else [])
+
+@pytest.mark.parametrize("causal, calls", [(True, [300, 500, 1, 499]), (False, [1300])])
+def test_eq6_is_the_same_by_pytorchs_kernel_which_long_segments_use(kind, causal, calls):
+    x, results = normal(2, 1300, 12).requires_grad_(), []    # segments of 512, 512 and 276 tokens
+    layer = layer_of(kind, segment_len=512, causal=causal)
+    assert layer.kernel is infini.fused_attention
+    assert layer_of("local", segment_len=511).kernel is infini.local_attention
+    for layer.kernel in (infini.fused_attention, infini.local_attention):
+        outputs, state = [], None
+        for piece in x.split(calls, 1):
+            o, state = layer(piece, state)
+            outputs.append(o)
+        o = torch.cat(outputs, 1)
+        results.append([o, *torch.autograd.grad(o.square().sum(), [x, *layer.parameters()])])
+    for a, b in zip(*results):
+        same(a, b)
 
 def test_no_logit_depends_on_a_later_token_or_on_another_document(kind, form):
     model, tokens = make(kind, form=form), tokens_of(1, 18).repeat(19, 1)
