@@ -122,7 +122,8 @@ def sigma(x):
     """Compute ELU(x) + 1 (section 3.1.2), which is 1 + x above zero and e^x below.
     Departure: F.elu(x) + 1 computes (e^x - 1) + 1, which in float32 has no digits left below
     x = -16. We compute e^x itself, since a million such small weights add up."""
-    return Sigma.apply(at_least_float32(x))    # e^min(x, 0) + max(x, 0)
+    x = at_least_float32(x)
+    return Sigma.apply(x) if x.requires_grad else Sigma.forward(x)    # e^min(x,0) + max(x,0)
 
 def full_precision(x):
     """Switch autocast off, which would multiply M and z in half precision."""
@@ -473,7 +474,7 @@ def check_config(config):
             must = words.get(name, (False, True))
             require(type(value) is kind and value in must, name, repr(value), f"one of {must}")
     require(config.d_key % 2 == 0, "d_key", config.d_key, "even (RoPE turns pairs of features)")
-    require(config.rope_base > 0, "rope_base", config.rope_base, "positive")
+    require(config.rope_base >= 1, "rope_base", config.rope_base, "from 1 on")
 
 def check_input(layer, x, state):
     require(torch.is_tensor(x) and x.is_floating_point(), "x", getattr(x, "dtype", type(x)),

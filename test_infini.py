@@ -227,6 +227,9 @@ def test_sigma_is_elu_plus_one_and_keeps_small_weights_that_float32_elu_plus_one
     assert torch.nn.functional.elu(x).min() == -1 and infini.sigma(x.half()).dtype == torch.float32
     infini.sigma(x).sum().backward()
     same(x.grad, np.minimum(1, np.exp(x.detach().double().numpy())), 1e-5)
+    x = torch.linspace(-6, 6, 12, dtype=torch.float64, requires_grad=True)    # not at the kink
+    assert torch.autograd.gradcheck(infini.sigma, x)
+    assert torch.autograd.gradgradcheck(infini.sigma, x)
 
 @pytest.mark.parametrize("dtype, autocast", [(torch.float64, False), (torch.float32, True),
                                              (torch.bfloat16, False), (torch.float16, False)])
@@ -617,7 +620,7 @@ def test_a_config_that_makes_no_sense_is_refused_by_the_name_of_its_field():
     for must, bad in {
             "a whole number of at least 1": dict(segment_len=0, d_ff=2.5, d_key=0, n_heads=-1,
                                                  n_layers=True, d_model="64", vocab_size=None),
-            "even": dict(d_key=3), "positive": dict(rope_base=0.0), "one of (False, True)": dict(
+            "even": dict(d_key=3), "from 1 on": dict(rope_base=0.99), "one of (False, True)": dict(
                 causal=1, checkpoint="no"), "one of ('linear', 'delta')": dict(update="hebb"),
             "one of ('infini', 'local', 'xl', 'full')": dict(attention="flash"),
             "one of ('parallel', 'recurrent')": dict(form=["parallel"]),

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 
 from infini import InfiniConfig, InfiniTransformer, generate, require, require_number
 
+torch.empty(8_000_000)    # from now on Linux keeps memory that is freed, which saves page faults
 KINDS = dict(local=dict(attention="local"), xl=dict(attention="xl"), linear=dict(update="linear"),
              delta=dict(update="delta"), full=dict(attention="full"))
 
@@ -213,8 +214,7 @@ def train_command(data, kind, **options):
 def sample_command(load, prompt, bytes, temperature, top_p, seed, device):
     """Continue a text with a trained language model. Each byte is shown at once."""
     model, _ = load_model(load, device)
-    if model.config.vocab_size != 256:
-        raise ValueError(f"--load was {load}, must be a model of bytes")
+    require(model.config.vocab_size == 256, "--load", load, "a model of bytes")
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     with suppress(AttributeError):    # for terminals that can't show every character
         sys.stdout.reconfigure(errors="replace")
@@ -390,7 +390,7 @@ def run_command(main):
     except BrokenPipeError:    # as in `python train.py | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(141)
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+    except (ValueError, OSError, MemoryError, RuntimeError, ImportError) as error:
         text = str(error).strip() or type(error).__name__
         not_ours = "out of memory", "allocate memory", "terminated abruptly"
         if isinstance(error, RuntimeError) and not any(words in text for words in not_ours):

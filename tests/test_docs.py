@@ -28,7 +28,7 @@ def test_the_files_are_as_small_and_as_narrow_as_the_project_promises():
     n_lines = {name: len(code.splitlines()) for name, code in CODE.items()}
     tests = {name: n for name, n in n_lines.items() if name.startswith("test")}
     assert all(n <= limits.get(name, 900 if name in tests else 100) for name, n in n_lines.items())
-    assert sum(tests.values()) <= 2075
+    assert sum(tests.values()) <= 2100
     assert len(README.splitlines()) <= 130 and len(RESULTS.splitlines()) <= 220
     assert max(map(len, README.splitlines())) <= 110
     for name, text in {**CODE, "RESULTS.md": RESULTS}.items():
