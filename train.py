@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from infini import InfiniConfig, InfiniTransformer, generate, require, require_number
 
-torch.empty(8_000_000)    # from now on Linux keeps memory that is freed, which saves page faults
+torch.empty(8_000_000)    # glibc now keeps freed blocks up to this size, which saves page faults
 KINDS = dict(local=dict(attention="local"), xl=dict(attention="xl"), linear=dict(update="linear"),
              delta=dict(update="delta"), full=dict(attention="full"))
 
@@ -390,7 +390,7 @@ def run_command(main):
     except BrokenPipeError:    # as in `python train.py | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(141)
-    except (ValueError, OSError, MemoryError, RuntimeError, ImportError) as error:
+    except (ValueError, OSError, MemoryError, RuntimeError, ModuleNotFoundError) as error:
         text = str(error).strip() or type(error).__name__
         not_ours = "out of memory", "allocate memory", "terminated abruptly"
         if isinstance(error, RuntimeError) and not any(words in text for words in not_ours):

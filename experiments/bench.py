@@ -1,6 +1,6 @@
 """What does the memory cost in time and space? Each row is a ratio of two measurements.
 
-    python -m experiments.bench           four minutes
+    python -m experiments.bench           two minutes
     python -m experiments.bench --peer    also beside infini-transformer-pytorch, if it is installed
 
 Small is the model of passkey.py, the paper layer one layer of the paper's size."""

@@ -373,12 +373,13 @@ def test_bad_arguments_are_one_line_and_exit_code_2(arguments, tmp_path, command
 def test_a_users_mistake_is_one_line_and_ours_a_traceback(command):
     for error, line in ((ValueError("\na was 1, must be 2\n3"), "a was 1, must be 2"),
                         (OSError(28, "full"), "[Errno 28] full"), (MemoryError(), "MemoryError"),
-                        (ImportError("No module named x"), "No module named x"),
+                        (ModuleNotFoundError("No module x"), "No module x"),
                         (RuntimeError("CUDA out of memory: 8"), "CUDA out of memory: 8")):
         assert command(Mock(side_effect=error, __module__="a")) == (2, "", f"error: {line}\n")
     assert command(train.main, "--data", "")[0] == 2
     assert command(Mock(side_effect=KeyboardInterrupt, __module__="a")) == (130, "", "\nstopped\n")
-    for error in (RuntimeError("CUDA error"), RuntimeError("memory of a bug"), TypeError("a")):
+    for error in (RuntimeError("CUDA error"), RuntimeError("memory of a bug"), TypeError("a"),
+                  ImportError("a")):
         with pytest.raises(type(error)):
             train.run_command(Mock(side_effect=error))
 
