@@ -374,7 +374,7 @@ def test_eq6_is_the_same_by_the_kernel_that_long_segments_use(kind, causal, call
         results.append([o, *torch.autograd.grad(o.square().sum(), [x, *layer.parameters()])])
     for a, b in zip(*results):
         same(a, b)
-    monkeypatch.setattr(infini, "fused_attention", None)     # short ones do without, "full" never
+    monkeypatch.setattr(infini, "fused_attention", None)     # not called for short ones
     if kind != "full":
         layer_of(kind, segment_len=511)(x.detach())
 
