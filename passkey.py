@@ -1,21 +1,21 @@
-"""The paper's main task (section 4.3): find a pass key in a long irrelevant text. Our Table 3.
+"""The paper's main task (section 4.3): find a pass key in a long irrelevant text.
 
-    python passkey.py                              train in each way, look for keys up to 1M tokens
+    python passkey.py                              train in each way, then look for keys
     python passkey.py --load assets/passkey-*.pt   only look
 
-The prompt is the paper's (appendix B), word for word. A token is a word, a punctuation mark or a
-digit; the prompt needs 53. Evaluation keys never occur in training.
-Departure: the paper trains on its own prompt only. Here half of the hay or more is other text, and
-some keys have 3, 5 or 6 digits. A model that sees one paragraph only learns to ignore that one.
-No digit is asked of a segment's first token, which sees only itself."""
-import argparse
-import csv
+The prompt is the paper's (appendix B), word for word. A token is a word, a punctuation
+mark or a digit; the prompt needs 53. Evaluation keys never occur in training.
+
+Departure: the paper trains on its own prompt only. Here at least half of the filler is not
+the paper's paragraph, and some keys have 3, 5 or 6 digits. A model that sees one paragraph
+only learns to ignore that one. No digit is asked of a segment's first token, which sees
+only itself.
+"""
+
 import math
-import os
 import random
 import re
-import sys
-from contextlib import suppress
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -23,358 +23,660 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from infini import InfiniConfig, InfiniTransformer, State, generate, require, stream
-from train import Parser, Progress, load_model, run_command, set_up, side_by_side, train, whole
+import common
+import train
+from common import Progress, format_length, print_row, side_by_side
+from infini import InfiniConfig, InfiniTransformer, State, generate
 
-INTRO = ("There is an important info hidden inside a lot of irrelevant text. Find it and memorize "
-         "them. I will quiz you about the important information there.")
-HAY = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+# --- The prompt -----------------------------------------------------------------------
+
+INTRO = (
+    "There is an important info hidden inside a lot of irrelevant text. "
+    "Find it and memorize them. "
+    "I will quiz you about the important information there."
+)
+HAY = (
+    "The grass is green. The sky is blue. The sun is yellow. "
+    "Here we go. There and back again."
+)
 NEEDLE = "The pass key is {0}. Remember it. {0} is the pass key."
 QUESTION = "What is the pass key? The pass key is"
-DIGITS, SHORTEST = 4, 64    # of a key; tokens of a training input
-WAYS = {    # goes on from, steps, tokens of the longest input, tokens per step, rate
-    "local": (None, 4000, 256, 1024, 4e-3),        # the control, a model without memory
-    "short": (None, 4000, 256, 1024, 4e-3),        # long inputs alone would teach nothing
-    "plain": ("short", 1600, 5000, 2048, 2e-3),    # inputs of up to 5K tokens, as in the paper
-    "sharp": ("plain", 1600, 5000, 2048, 2e-3)}    # the same, while W_Q and W_K grow
-GROWTH = {"linear": (6, 0.7), "delta": (4, 0.9)}    # by this factor, in this share of the steps
-PAPER_LENGTHS = [2 ** 15, 2 ** 17, 2 ** 18, 2 ** 19, 2 ** 20]
-PAPER = {    # Table 3 at these lengths: digits right in %, key at the start/middle/end
-    "zero-shot linear": "14/13/98 11/14/100 6/3/100 6/7/99 8/6/98",
-    "zero-shot delta": "13/11/99 6/9/99 7/5/99 6/8/97 7/6/97",
-    "400 steps linear": "100/100/100 100/100/100 100/100/100 97/99/100 96/94/100",
-    "400 steps delta": "100/100/100 100/100/99 100/100/99 100/100/100 100/100/100"}
+DIGITS = 4    # of a key
 
-def model_config(**other):
-    """Return the model's sizes: 138,000 parameters, and segments of 32 tokens."""
-    return InfiniConfig(**{**dict(
-        vocab_size=len(VOCABULARY), d_model=64, n_layers=2, n_heads=4, d_key=32, d_value=32,
-        d_ff=256, segment_len=32, rope_base=50.0, gate_init=-2.0), **other})
 
-# --- The prompt ----------------------------------------------------------------------------------
-def words(text):
+def tokenize(text):
+    """Split text into words, punctuation marks and digits."""
     return re.findall(r"\d|\w+|[^\w\s]", text)
 
-VOCABULARY = sorted(set(words("0123456789" + INTRO + HAY + NEEDLE + QUESTION)) - {"{", "}"})
+
+PROMPT = " ".join([INTRO, HAY, NEEDLE.format("0123456789"), QUESTION])
+VOCABULARY = sorted(set(tokenize(PROMPT)))
 TOKEN = {word: i for i, word in enumerate(VOCABULARY)}
 WORDS = [word for word in VOCABULARY if not word.isdigit()]
-PARAGRAPH = len(words(HAY))    # 24 tokens
+PARAGRAPH = len(tokenize(HAY))    # 24 tokens
+
 
 @lru_cache(4096)
 def token_ids(text):
-    unknown = [word for word in words(text) if word not in TOKEN]
-    if unknown:
-        raise ValueError(f"word was {unknown[0]!r}, must be one of the prompt's {len(TOKEN)}")
-    return [TOKEN[word] for word in words(text)]
+    """Turn text into a list of token ids. Raises ValueError on a word of no prompt."""
+    ids = []
+    for word in tokenize(text):
+        if word not in TOKEN:
+            raise ValueError(f"{word!r} is not one of the prompt's {len(TOKEN)} words")
+        ids.append(TOKEN[word])
+    return ids
+
 
 def encode(text):
-    """Turn text into (T,) token ids. Raises ValueError on a word that the prompt does not have."""
+    """Turn text into (T,) token ids. Raises as `token_ids`."""
     return torch.tensor(token_ids(text), dtype=torch.long)
 
+
+class Task(NamedTuple):
+    """Holds what is hidden in the hay, what is asked at the end, and the right answer."""
+
+    needle: str
+    question: str
+    answer: str
+
+
+def one_key(key, needle=NEEDLE):
+    """Make the task to find one key. The needle may also hold {1}, the key backwards."""
+    return Task(needle.format(key, key[::-1]), QUESTION, key)
+
+
 def write_hay(kind, n, rng):
-    """Write n paragraphs, (24 n,) ids: the "paper"'s, its sentences "shuffled", or its "words"."""
-    require(kind in ("paper", "shuffled", "words"), "hay", repr(kind), "paper, shuffled or words")
+    """Write n paragraphs, (24 n,) ids.
+
+    kind: the "paper"'s paragraph, its sentences "shuffled", or random "words" of the
+    prompt. Raises ValueError on another kind.
+    """
     if kind == "paper":
         return encode(HAY).repeat(n)
     if kind == "words":
         return torch.tensor(rng.choices([TOKEN[w] for w in WORDS], k=PARAGRAPH * n)).long()
-    sentences = [encode(s) for s in re.findall(r"\w[^.]+\.", HAY)]
-    return torch.cat([s for _ in range(n) for s in rng.sample(sentences, 5)] or [encode("")])
+    if kind != "shuffled":
+        raise ValueError(f"hay must be paper, shuffled or words, not {kind!r}")
 
-def one_key(key, needle=NEEDLE):
-    """Make the task to find one key, three texts: what is hidden in the hay, what is asked at the
-    end, and the answer. The needle may also hold {1}, the key backwards."""
-    return needle.format(key, key[::-1]), QUESTION, key
+    sentences = [encode(sentence) for sentence in re.findall(r"\w[^.]+\.", HAY)]
+    text = [encode("")]
+    for _ in range(n):
+        text += rng.sample(sentences, len(sentences))
+    return torch.cat(text)
+
 
 def write_input(task, hay, before):
-    """Write an input and its answer, (T,) ids, with the needle after `before` tokens of hay."""
-    needle, question, answer = map(encode, task)
+    """Write an input and its answer, (T,) ids. The needle stands at `before` in the hay."""
+    needle, question, answer = (encode(text) for text in task)
     return torch.cat([encode(INTRO), hay[:before], needle, hay[before:], question, answer])
 
+
+def tokens_without_hay(task):
+    """Count the tokens of an input that has no hay, with its answer."""
+    return len(write_input(task, encode(""), 0))
+
+
 def paragraphs(n_tokens, task):
-    """Return how many paragraphs of hay make an input of at least n_tokens, with its answer."""
-    return max(0, math.ceil((n_tokens - len(write_input(task, encode(""), 0))) / PARAGRAPH))
+    """Return how many paragraphs of hay make an input of at least n_tokens."""
+    return max(0, math.ceil((n_tokens - tokens_without_hay(task)) / PARAGRAPH))
+
 
 def is_held_out(key):
-    """Tell whether a key is kept for the evaluation. One in ten is, chosen by a hash of it."""
+    """Tell whether a key is kept for the evaluation. One in ten is, chosen by a hash."""
     return int(key) * 2_654_435_761 % 2 ** 32 % 1000 < 100
 
+
 def draw_keys(rng, n, digits, held_out):
-    """Draw n keys for evaluation (held out) or training. A training key has at most five different
-    digits, drawn anew per key, since keys that repeat a digit are the hard ones."""
-    keys, ten, most = [], "0123456789", 10 ** digits // 11    # about one in ten is held out
-    require(n <= most or not held_out, "number of held-out keys", n, f"at most {most}")
+    """Draw n keys for the evaluation (held out), all different, or for training.
+
+    A training key has at most five different digits, drawn anew per key, since keys that
+    repeat a digit are the hard ones. Raises ValueError if so many are not held out.
+    """
+    most = 10 ** digits // 11    # about one in ten is held out
+    if held_out and n > most:
+        raise ValueError(f"of keys with {digits} digits, at most {most} are held out")
+
+    keys = []
     while len(keys) < n:
-        key = "".join(rng.choices(ten if held_out else rng.sample(ten, 5), k=digits))
-        if is_held_out(key) == held_out and not (held_out and key in keys):
-            keys.append(key)
+        choice = "0123456789" if held_out else rng.sample("0123456789", 5)
+        key = "".join(rng.choices(choice, k=digits))
+        if is_held_out(key) != held_out:
+            continue
+        if held_out and key in keys:
+            continue
+        keys.append(key)
     return keys
 
-# --- Training ------------------------------------------------------------------------------------
+
+# --- Ways of training -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Way:
+    """Says how a model is trained."""
+
+    start: str              # the way whose model goes on; "" begins from nothing
+    steps: int
+    longest: int            # tokens of the longest input
+    tokens_per_step: int
+    lr: float
+
+
+SHORTEST = 64    # tokens of the shortest training input
+
+WAYS = {
+    "local": Way("", 4000, 256, 1024, 4e-3),           # the control, without a memory
+    "short": Way("", 4000, 256, 1024, 4e-3),           # long inputs first teach nothing
+    "plain": Way("short", 1600, 5000, 2048, 2e-3),     # up to 5K tokens, as in the paper
+    "sharp": Way("plain", 1600, 5000, 2048, 2e-3),     # the same, while W_Q and W_K grow
+}
+
+# By this factor W_Q and W_K grow in "sharp", in this share of the steps.
+GROWTH = {"linear": (6, 0.7), "delta": (4, 0.9)}
+
+
+def model_config(**other):
+    """Return the model's sizes: 138,000 parameters, and segments of 32 tokens."""
+    sizes = dict(
+        vocab_size=len(VOCABULARY),
+        d_model=64,
+        n_layers=2,
+        n_heads=4,
+        d_key=32,
+        d_value=32,
+        d_ff=256,
+        segment_len=32,
+        rope_base=50.0,
+        gate_init=-2.0,
+    )
+    return InfiniConfig(**{**sizes, **other})
+
+
 def draw_hay(rng, n, kinds):
-    """Draw n tokens of hay from anywhere in it, so that needles stand anywhere in a segment."""
+    """Draw n tokens of hay that begin anywhere, so that needles stand anywhere, too."""
     start = rng.randrange(PARAGRAPH)
-    return write_hay(rng.choice(kinds), math.ceil(n / PARAGRAPH) + 1, rng)[start:start + n]
+    kind = rng.choice(kinds)
+    return write_hay(kind, math.ceil(n / PARAGRAPH) + 1, rng)[start:start + n]
 
-def answer_loss(model, inputs, digits):
-    """Compute the cross entropy of the last tokens, the digits of the answers. The segments before
-    theirs are only read. Returns loss, tokens read, numbers to show."""
-    N, answers = model.config.segment_len, inputs[:, -digits:]
-    cut = (inputs.shape[1] - digits - 1) // N * N
-    state = model(inputs[:, :cut], predict=False)[1] if cut else None
-    logits = model(inputs[:, cut:-1], state)[0][:, -digits:]         # (B, digits, vocabulary)
-    right = (logits.argmax(-1) == answers).float().mean().item()
-    loss = F.cross_entropy(logits.flatten(0, 1), answers.flatten())
-    return loss, inputs.numel(), {"digits right": right}
 
-def plain_loss(model, rng, longest, tokens_per_step, kinds):
-    """Compute the loss on inputs of one random length, log-uniform up to `longest` tokens. Half of
-    the needles stand at the very end. Returns what answer_loss does."""
+def draw_inputs(rng, way, longest, N):
+    """Draw inputs of one random length, log-uniform up to `longest` tokens.
+
+    N: tokens of a segment. Half of the needles stand at the very end. Returns (B, T) ids
+    that end with the answers, and the number of their digits.
+    """
     n_tokens = int(SHORTEST * (longest / SHORTEST) ** rng.random())
-    digits, N = rng.choice([DIGITS, DIGITS, rng.randint(3, 6)]), model.config.segment_len
-    n_keys = max(1, tokens_per_step // n_tokens)
-    tasks = [*map(one_key, draw_keys(rng, n_keys, digits, held_out=False))]
-    n_other = len(write_input(tasks[0], encode(""), 0))
+    digits = rng.choice([DIGITS, DIGITS, rng.randint(3, 6)])
+    n_keys = max(1, way.tokens_per_step // n_tokens)
+    tasks = [one_key(key) for key in draw_keys(rng, n_keys, digits, held_out=False)]
+
+    # The token before a digit writes it. It must not be its segment's first one, so the
+    # answer stands in one segment, from its third token on.
+    n_other = tokens_without_hay(tasks[0])
     n_hay = max(0, n_tokens - n_other)
     begin = (n_other + n_hay - digits) % N    # the answer's place in its segment
-    if not 2 <= begin <= N + 1 - digits:      # a first token would be asked
+    if begin < 2 or begin + digits > N + 1:
         n_hay += (2 - begin) % N
-    before = [rng.choice([n_hay, rng.randint(0, n_hay)]) for _ in tasks]
-    inputs = torch.stack([write_input(task, draw_hay(rng, n_hay, kinds), n)
-                          for task, n in zip(tasks, before)]).to(model.embedding.weight.device)
-    return answer_loss(model, inputs, digits)
+
+    kinds = ["paper", "shuffled", "words", "words" if way.start else "paper"]
+    places = [rng.choice([n_hay, rng.randint(0, n_hay)]) for _ in tasks]
+    inputs = []
+    for task, before in zip(tasks, places, strict=True):
+        hay = draw_hay(rng, n_hay, kinds)
+        inputs.append(write_input(task, hay, before))
+    return torch.stack(inputs), digits
+
+
+def answer_loss(model, inputs, digits):
+    """Compute the cross entropy of the last tokens, the digits of the answers.
+
+    The segments before theirs are only read. Returns loss, tokens read, numbers to show.
+    """
+    N = model.config.segment_len
+    cut = (inputs.shape[1] - digits - 1) // N * N
+    state = None
+    if cut > 0:
+        state = model.absorb(inputs[:, :cut])
+
+    logits, _ = model(inputs[:, cut:-1], state)
+    logits = logits[:, -digits:]              # (B, digits, vocabulary)
+    answers = inputs[:, -digits:]             # (B, digits)
+    loss = F.cross_entropy(logits.flatten(0, 1), answers.flatten())
+    right = (logits.argmax(-1) == answers).float().mean().item()
+    return loss, inputs.numel(), {"digits right": right}
+
 
 @torch.no_grad()
 def sharpen(model, factor):
-    """Multiply W_Q and W_K. Below zero sigma is e^x, so twice the weights square the little that
-    hay writes where the question reads. Departure: the paper has no such step."""
+    """Multiply W_Q and W_K.
+
+    Below zero sigma is e^x, so twice the weights square the little that hay writes where
+    the question reads. Departure: the paper has no such step.
+    """
     for block in model.blocks:
         block.attention.w_q.weight *= factor
         block.attention.w_k.weight *= factor
 
-def way_loss(way, seed, steps):
-    """Make a way's loss_of(model, step). Without a start, inputs grow for 30% of the steps. In
-    "sharp" W_Q and W_K grow a little before each of the first steps (GROWTH). The remaining steps
-    repair what that has broken."""
-    start, _, longest, tokens_per_step, _ = WAYS[way]
-    kinds = ["paper", "shuffled", "words", "words" if start else "paper"]
+
+def way_loss(name, seed, steps):
+    """Make the loss of a way, as `train` wants it.
+
+    Without a start, inputs grow for 30% of the steps. In "sharp" W_Q and W_K grow a little
+    before each of the first steps. The remaining steps repair what that has broken.
+    """
+    way = WAYS[name]
+
     def loss_of(model, step):
         factor, share = GROWTH[model.config.update]
-        if way == "sharp" and step < share * steps:
-            sharpen(model, factor ** (1 / (share * steps)))
-        grown = 1 if start else min(1, step / steps / 0.3)
-        return plain_loss(model, random.Random(f"{seed} after {start}/{step}"),
-                          SHORTEST * (longest / SHORTEST) ** grown, tokens_per_step, kinds)
+        n_growing = share * steps
+        if name == "sharp" and step < n_growing:
+            sharpen(model, factor ** (1 / n_growing))
+
+        grown = 1.0
+        if not way.start:
+            grown = min(1.0, step / steps / 0.3)
+        longest = SHORTEST * (way.longest / SHORTEST) ** grown
+
+        rng = random.Random(f"{seed} after {way.start or None}/{step}")
+        inputs, digits = draw_inputs(rng, way, longest, model.config.segment_len)
+        return answer_loss(model, inputs.to(model.head.weight.device), digits)
+
     return loss_of
 
-def train_one(way, rule, seed, loss_of, steps, lr, out, start=None, device="cpu", resume=False):
-    """Train a model, from the checkpoint `start` or from nothing. Returns its checkpoint's path."""
-    torch.manual_seed(seed)
-    kind = dict(attention="local") if rule == "-" else dict(update=rule)
-    model = load_model(start)[0] if start else InfiniTransformer(model_config(**kind))
-    path = Path(out, "-".join(["passkey", way, *[rule] * (rule != "-"), f"seed{seed}.pt"]))
-    train(model.to(device), loss_of, steps, path, lr, 2.5 * lr, resume=resume,
-          settings=dict(training=way, seed=seed, digits=DIGITS))
-    return path
 
-def train_ways(rule, ways, seed, steps, out, device, resume):
-    """Train those of the ways that fit the rule; "-" is local's. Returns the checkpoints' paths."""
-    paths, wanted = {}, {*ways}
-    for way in reversed(WAYS):    # what a way goes on from is trained, too
-        if way in wanted:
-            wanted.add(WAYS[way][0])
-    for way, (start, default, _, _, lr) in WAYS.items():
-        if way in wanted and (way == "local") == (rule == "-"):
-            n, start = steps or default, paths.get(start)
-            paths[way] = train_one(way, rule, seed, way_loss(way, seed, n), n, lr, out, start,
-                                   device, resume)
-    return [path for way, path in paths.items() if way in ways]
+@dataclass(frozen=True)
+class Run:
+    """Says which training it is. Together with WAYS it decides every number."""
 
-# --- Evaluation ----------------------------------------------------------------------------------
-def copies(state, n):    # n of each document's
-    def repeat(parts):
-        return [part.repeat_interleave(n, 0) for part in parts]
-    return [State(s.memory and type(s.memory)(*repeat(s.memory)), *repeat(s[1:])) for s in state]
+    way: str
+    rule: str     # of the memory; "" for a model without one
+    seed: int
+    steps: int
+
+    def path(self, out):
+        parts = ["passkey", self.way, self.rule, f"seed{self.seed}"]
+        return Path(out) / ("-".join(part for part in parts if part) + ".pt")
+
+    def config(self):
+        if self.rule:
+            return model_config(update=self.rule)
+        return model_config(attention="local")
+
+    def settings(self):
+        """List all that decides the result and is not in the config."""
+        lr = WAYS[self.way].lr
+        return dict(steps=self.steps, lr=lr, gate_lr=2.5 * lr, training=self.way,
+                    rule=self.rule, seed=self.seed, digits=DIGITS)
+
+
+def plan_runs(ways, rule, seed, steps=None):
+    """List the trainings for some ways of a rule, and before each the one it goes on from.
+
+    rule: "linear", "delta", or "" for the way without a memory. steps: None is the way's.
+    """
+    wanted = set(ways)
+    for name in reversed(WAYS):
+        if name in wanted and WAYS[name].start:
+            wanted.add(WAYS[name].start)
+
+    runs = []
+    for name, way in WAYS.items():
+        has_memory = name != "local"
+        if name in wanted and has_memory == bool(rule):
+            runs.append(Run(name, rule, seed, steps or way.steps))
+    return runs
+
+
+def train_runs(runs, out, device="cpu", resume=False):
+    """Train one run after the other, in this process. Returns {way: path}."""
+    paths = {}
+    for run in runs:
+        torch.manual_seed(run.seed)
+        start = WAYS[run.way].start
+        if start:
+            model, _ = train.load_model(paths[start])
+        else:
+            model = InfiniTransformer(run.config())
+
+        path = run.path(out)
+        loss_of = way_loss(run.way, run.seed, run.steps)
+        train.train(model.to(device), loss_of, path=path, resume=resume, **run.settings())
+        paths[run.way] = path
+    return paths
+
+
+# --- Looking for keys -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Search:
+    """Says which keys are hidden, where and in what."""
+
+    lengths: list                   # of the inputs, at least, in tokens
+    depths: list                    # shares of the hay that stand before the key
+    n_keys: int = 20
+    seed: int = 1234                # draws the keys
+    digits: int = DIGITS
+    needle: str = NEEDLE
+    hay: str = "paper"
+
+    def tasks(self):
+        rng = random.Random(f"evaluation {self.seed}")
+        keys = draw_keys(rng, self.n_keys, self.digits, held_out=True)
+        return [one_key(key, self.needle) for key in keys]
+
+    def is_the_papers(self):
+        same_text = self.needle == NEEDLE and self.hay == "paper" and self.digits == DIGITS
+        return same_text and list(self.depths) == [0, 0.5, 1]
+
 
 class Found(NamedTuple):
     """Holds the accuracy at one length and depth, as shares."""
+
     tokens: int
     depth: float
     digits_right: float
     keys_right: float
 
-def evaluate(model, tasks, lengths, depths, hay="paper"):
-    """Hide each needle in inputs of at least n tokens, n in `lengths`, at each depth, and ask.
-    The model writes all digits itself. Inputs are streamed. All keys share the hay before the
-    needle, and all lengths share the hay after it, so that is read once. Yields a Found."""
-    device, B, depths = model.embedding.weight.device, len(tasks), [*depths]
-    require(all(0 <= depth <= 1 for depth in depths), "depths", depths, "from 0 to 1")
-    needles, questions, answers = (torch.stack([*map(encode, texts)]).to(device)
-                                   for texts in zip(*tasks))
-    cells = {}    # (paragraphs before the needle, after it) -> [(n, depth)]
-    for n, depth in ((n, depth) for n in lengths for depth in depths):
-        total = paragraphs(n, tasks[0])
-        before = round(depth * total)
-        cells.setdefault((before, total - before), []).append((n, depth))
-    n_all = max(cells, default=[0])[0] + B * sum(dict(sorted(cells)).values())
-    progress = Progress("looking", 0, PARAGRAPH * n_all + 1, "tokens")
-    @torch.no_grad()
-    def read(state, n, rng):
-        at_once = max(4, 80 // len(state[0].k))                      # at most some 2,000 tokens
-        for i in range(0, n, at_once):
-            text = write_hay(hay, min(at_once, n - i), rng).expand(len(state[0].k), -1).to(device)
-            _, state = model(text, state, predict=False)
-            progress.show(progress.tokens + text.numel(), text.numel())
+
+def plan_cells(lengths, depths, task):
+    """Plan what to read. Returns {paragraphs before: {paragraphs after: [(n, depth)]}}.
+
+    Both numbers rise, so each cell goes on from the state of one before it.
+    """
+    cells = {}
+    for n in lengths:
+        for depth in depths:
+            total = paragraphs(n, task)
+            before = round(depth * total)
+            afters = cells.setdefault(before, {})
+            afters.setdefault(total - before, []).append((n, depth))
+    return {before: dict(sorted(cells[before].items())) for before in sorted(cells)}
+
+
+class Hay:
+    """Reads hay into a state, and knows how much of it was read."""
+
+    def __init__(self, kind, seed, progress):
+        self.kind = kind
+        self.rng = random.Random(seed)
+        self.progress = progress
+        self.n_read = 0    # paragraphs
+
+    def read(self, model, state, n):
+        """Read on, up to paragraph n. Returns the next state."""
+        batch = len(state[0].k)
+        at_once = max(4, 80 // batch)    # at most some 2,000 tokens in a call
+        while self.n_read < n:
+            now = min(at_once, n - self.n_read)
+            text = write_hay(self.kind, now, self.rng).expand(batch, -1)
+            state = model.absorb(text.to(model.head.weight.device), state)
+            self.n_read += now
+            self.progress.show(self.progress.n_tokens + text.numel(), text.numel())
         return state
-    _, prefix = stream(model, encode(INTRO)[None].to(device))
-    read_before, rng_before = -1, random.Random("before")
-    for before, after in sorted(cells):
-        if before > read_before:
-            prefix = read(prefix, before - max(0, read_before), rng_before)
-            _, state = stream(model, needles, copies(prefix, B))
-            read_before, read_after, rng_after = before, 0, random.Random("behind")
-        state, read_after = read(state, after - read_after, rng_after), after
-        written = generate(model, questions, answers.shape[1], temperature=0, state=state)
-        right = (written[:, questions.shape[1]:] == answers).float()
-        for n, depth in cells[before, after]:
-            yield Found(n, depth, right.mean().item(), right.amin(1).mean().item())
-    if cells:
-        progress.show(progress.total, 0)
 
-# --- Table and picture ---------------------------------------------------------------------------
-def short(n):
-    """Write 32768 as 32K."""
-    return f"{n >> 20}M" if n % 2 ** 20 == 0 else f"{n >> 10}K" if n % 2 ** 10 == 0 else f"{n:,}"
 
-def print_row(name, cells):
-    print(f"{name:24}" + "".join(f"{cell:>12}" for cell in cells), flush=True)
+def copies(state, n):
+    """Repeat the state of one document n times."""
+    copied = []
+    for memory, k, v in state:
+        if memory:    # a baseline's may be empty
+            parts = [part.repeat_interleave(n, dim=0) for part in memory]
+            memory = type(memory)(*parts)
+        k = k.repeat_interleave(n, dim=0)
+        v = v.repeat_interleave(n, dim=0)
+        copied.append(State(memory, k, v))
+    return copied
 
-def new_figure(**options):
-    """Make a figure that needs no display, whatever $MPLBACKEND says."""
-    backend = os.environ.pop("MPLBACKEND", "")
-    from matplotlib import figure, rcParams
-    with suppress(ValueError):
-        rcParams.update({"backend": backend} if backend else {})    # for pictures of others
-    return figure.Figure(layout="constrained", **options)
 
-def heat_map(axis, grid, high, text, x, y):
-    """Draw a grid of numbers from 0 to `high` as colours and text. Returns the image."""
-    image = axis.imshow(grid, cmap="cividis", vmin=0, vmax=high, aspect="auto")
-    for row, line in enumerate(grid):
-        for column, value in enumerate(line):
-            axis.text(column, row, text.format(value), ha="center", va="center", fontsize=7,
-                      color="black" if value > 0.6 * high else "white")
-    axis.set(xticks=range(len(x)), xticklabels=x, yticks=range(len(y)), yticklabels=y)
-    return image
+def encode_all(texts):
+    """Turn texts into (B, T) ids. Raises ValueError if they are not of one length."""
+    ids = [encode(text) for text in texts]
+    if len({len(i) for i in ids}) != 1:
+        raise ValueError("tasks must be of one length, and at least one")
+    return torch.stack(ids)
 
-def draw(results, lengths, depths, path):
-    """Draw a heat map for each of the results, (name, Founds). An even number has two columns."""
-    columns = 2 - len(results) % 2
-    rows, high = len(results) // columns, max(2.4, 0.2 * len(depths))
-    figure = new_figure(figsize=(6 * columns, 0.8 + high * rows))
-    axes = figure.subplots(rows, columns, squeeze=False, sharex=True)
-    for axis, (name, found) in zip(axes.flat, results):
-        share = {(f.tokens, f.depth): 100 * f.digits_right for f in found}
-        image = heat_map(axis, [[share[n, d] for n in lengths] for d in depths], 100, "{:.0f}",
-                         [short(n) for n in lengths], [f"{d:.0%}" for d in depths])
-        axis.set(title=name, ylabel="depth of the key", xlabel="length of the input (tokens)")
-    figure.colorbar(image, ax=axes, label="digits right (%)")
-    figure.savefig(path, dpi=150)
 
-def load_for_table(path, device="cpu"):
-    """Load a pass-key model. Returns it, its way of training, rule and seed, and its digits."""
-    model, settings = load_model(path, device)
-    kinds = [type(settings.get(name)) for name in ("training", "seed", "digits")]
-    if kinds != [str, int, int] or settings["digits"] not in (4, 5, 6):
-        raise ValueError(f"{path} was of another task, must be a checkpoint of passkey.py")
-    rule = model.config.update if model.config.attention == "infini" else "-"
-    return model, (settings["training"], rule, settings["seed"]), settings["digits"]
+def ask(model, state, questions, answers):
+    """Let the model write its answers. Returns whether each digit is right, (B, digits)."""
+    n_digits = answers.shape[1]
+    written = generate(model, questions, n_digits, temperature=0, state=state)
+    return written[:, -n_digits:] == answers
 
-def look(path, lengths, depths, n_keys, eval_seed, device, needle, hay, digits):
-    """Look for keys with one model, for half of them beyond 32K tokens. Returns who, Founds."""
-    model, who, trained_on = load_for_table(path, device)
-    rng, limit = random.Random(f"evaluation {eval_seed}"), 2 ** 15
-    keys = draw_keys(rng, n_keys, digits or trained_on, held_out=True)
-    tasks = [one_key(key, needle) for key in keys]
-    return who, [*evaluate(model, tasks, [n for n in lengths if n <= limit], depths, hay),
-                 *evaluate(model, tasks[::2], [n for n in lengths if n > limit], depths, hay)]
 
-def table(paths, lengths, depths, n_keys, eval_seed, device, csv_path, needle=NEEDLE, hay="paper",
-          digits=None):
-    """Look for keys with all models, side by side. Print a row for each, with the paper's below,
-    and write each cell into a CSV file. Returns each model's name and Founds."""
-    jobs = [(path, lengths, depths, n_keys, eval_seed, device, needle, hay, digits)
-            for path in paths if load_for_table(path)]    # a bad one is refused before all work
-    same_text, results = (depths, needle, hay, digits) == ([0, 0.5, 1], NEEDLE, "paper", None), []
-    at = "/".join(f"{d:.0%}" for d in depths) if len(depths) < 4 else f"the worst of {len(depths)}"
-    print(f"\nDigits right in %, key at {at} of hay, {n_keys} keys ({-(-n_keys // 2)} above 32K)")
-    print_row("training, rule, seed", [short(n) for n in lengths])
-    with open(csv_path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        rows = csv.writer(file)
-        rows.writerow(["training", "rule", "seed", *Found._fields, "model"])
-        for path, (who, found) in zip(paths, side_by_side(look, jobs)):
-            rows.writerows([*who, *cell, path] for cell in found)
-            file.flush()
-            name = " ".join(map(str, who))
-            name += f" ({len(results) + 1})" * any(name == other for other, _ in results)
-            results.append((name, found))
-            right = [[f"{100 * f.digits_right:.0f}" for f in found if f.tokens == n]
-                     for n in lengths]
-            print_row(name, ["/".join(r) if len(r) < 4 else min(r, key=int) for r in right])
-            theirs = "zero-shot" if who[0] == "short" else "400 steps"
-            paper = dict(zip(PAPER_LENGTHS, PAPER.get(f"{theirs} {who[1]}", "").split()))
-            if same_text and set(lengths) & set(paper):
-                print_row(f"    the paper, {theirs}", [paper.get(n, "") for n in lengths])
+@torch.no_grad()
+def evaluate(model, tasks, lengths, depths, hay="paper"):
+    """Hide each needle in long inputs, at each length and depth, and ask for the key.
+
+    The model writes all digits itself. Inputs have at least n tokens, n in `lengths`, and
+    are streamed. All keys share the hay before the needle, and all lengths share the hay
+    after it, so that is read once. Yields a Found per cell. Raises ValueError if a depth is
+    not from 0 to 1 or the tasks are not of one length.
+    """
+    if not all(0 <= depth <= 1 for depth in depths):
+        raise ValueError(f"depths must be from 0 to 1, not {depths}")
+    device = model.head.weight.device
+    needles = encode_all([task.needle for task in tasks]).to(device)
+    questions = encode_all([task.question for task in tasks]).to(device)
+    answers = encode_all([task.answer for task in tasks]).to(device)
+
+    cells = plan_cells(lengths, depths, tasks[0])
+    n_paragraphs = max(cells, default=0)
+    for afters in cells.values():
+        n_paragraphs += len(tasks) * max(afters)
+    progress = Progress("looking", PARAGRAPH * n_paragraphs)
+
+    start = model.absorb(encode(INTRO)[None].to(device))
+    hay_before = Hay(hay, "before", progress)
+    for before, afters in cells.items():
+        start = hay_before.read(model, start, before)
+        state = model.absorb(needles, copies(start, len(tasks)))
+
+        hay_after = Hay(hay, "behind", progress)
+        for after, names in afters.items():
+            state = hay_after.read(model, state, after)
+            right = ask(model, state, questions, answers)    # (keys, digits)
+            digits_right = right.float().mean().item()
+            keys_right = right.all(dim=1).float().mean().item()
+            for n, depth in names:
+                yield Found(n, depth, digits_right, keys_right)
+
+
+# --- The table ------------------------------------------------------------------------
+
+PAPER_LENGTHS = [2 ** 15, 2 ** 17, 2 ** 18, 2 ** 19, 2 ** 20]
+
+# Table 3 at these lengths: digits right in %, key at the start/middle/end.
+PAPER = {
+    "zero-shot linear": "14/13/98 11/14/100 6/3/100 6/7/99 8/6/98",
+    "zero-shot delta": "13/11/99 6/9/99 7/5/99 6/8/97 7/6/97",
+    "400 steps linear": "100/100/100 100/100/100 100/100/100 97/99/100 96/94/100",
+    "400 steps delta": "100/100/100 100/100/99 100/100/99 100/100/100 100/100/100",
+}
+
+
+class Looked(NamedTuple):
+    """Holds what was found with one model."""
+
+    way: str
+    rule: str          # "" without a memory
+    seed: int
+    found: list        # a Found per cell
+
+    def name(self):
+        return f"{self.way} {self.rule or '-'} {self.seed}"
+
+
+def load_passkey_model(path, device="cpu"):
+    """Load a model that this file trained. Returns it and its settings.
+
+    Raises ValueError if it was trained for something else.
+    """
+    model, settings = train.load_model(path, device)
+    if not {"training", "rule", "seed", "digits"} <= set(settings):
+        raise ValueError(f"{path} is not a model of passkey.py")
+    return model, settings
+
+
+def look(path, search, device="cpu"):
+    """Look for keys with one model, for half of them beyond 32K tokens."""
+    model, settings = load_passkey_model(path, device)
+    tasks = search.tasks()
+    near = [n for n in search.lengths if n <= 2 ** 15]
+    far = [n for n in search.lengths if n > 2 ** 15]
+    found = [
+        *evaluate(model, tasks, near, search.depths, search.hay),
+        *evaluate(model, tasks[::2], far, search.depths, search.hay),
+    ]
+    return Looked(settings["training"], settings["rule"], settings["seed"], found)
+
+
+def format_cell(found, n):
+    """Write the percents at one length as 100/98/100, or the worst of more than three."""
+    percents = [round(100 * cell.digits_right) for cell in found if cell.tokens == n]
+    if len(percents) > 3:
+        return str(min(percents))
+    return "/".join(str(percent) for percent in percents)
+
+
+def print_header(search):
+    depths = "/".join(f"{depth:.0%}" for depth in search.depths)
+    if len(search.depths) > 3:
+        depths = f"the worst of {len(search.depths)} depths"
+    n_far = math.ceil(search.n_keys / 2)
+    print(f"\nDigits right in %, key at {depths} of hay, "
+          f"{search.n_keys} keys ({n_far} above 32K)")
+    print_row("training, rule, seed", [format_length(n) for n in search.lengths])
+
+
+def print_result(looked, search):
+    """Print a row, and the paper's below it if it is of the same text."""
+    print_row(looked.name(), [format_cell(looked.found, n) for n in search.lengths])
+
+    theirs = "zero-shot" if looked.way == "short" else "400 steps"
+    cells = PAPER.get(f"{theirs} {looked.rule}", "").split()
+    paper = dict(zip(PAPER_LENGTHS, cells, strict=False))
+    if search.is_the_papers() and set(paper) & set(search.lengths):
+        print_row(f"    the paper, {theirs}", [paper.get(n, "") for n in search.lengths])
+
+
+def table(paths, search, csv_path, device="cpu"):
+    """Look for keys with all models, side by side, and print a row for each.
+
+    All cells go into a CSV file. Returns a Looked per model.
+    """
+    for path in paths:
+        load_passkey_model(path)    # a bad one is refused before all work
+
+    print_header(search)
+    results = []
+    jobs = [(path, search, device) for path in paths]
+    for looked in side_by_side(look, jobs):
+        print_result(looked, search)
+        results.append(looked)
+
+    rows = []
+    for path, looked in zip(paths, results, strict=True):
+        for cell in looked.found:
+            rows.append([looked.way, looked.rule, looked.seed, *cell, path])
+    header = ["training", "rule", "seed", *Found._fields, "model"]
+    common.write_csv(csv_path, header, rows)
     return results
 
-# --- The command ---------------------------------------------------------------------------------
-def length(text):
-    """Read 32K as 32768."""
-    unit = {"K": 2 ** 10, "M": 2 ** 20}.get(text[-1:].upper(), 1)
-    return unit * whole(math.ceil(64 / unit), 2 ** 26 // unit)(text if unit == 1 else text[:-1])
 
-def listed(parse):
-    """Make an argument type for values with commas between them."""
-    def parse_all(text):
-        values = [parse(part) for part in text.split(",")]
-        if re.fullmatch(r"\d{1,3}(,\d{3})+", text) and values != sorted(values):
-            raise argparse.ArgumentTypeError(f"was {text!r}, must be as 512K or have rising values")
-        return sorted({*values})
-    return parse_all
+def draw(results, search, path):
+    """Draw a heat map for each model, two beside each other if their number is even."""
+    columns = 2 - len(results) % 2
+    rows = len(results) // columns
+    height = max(2.4, 0.2 * len(search.depths))
+    figure, axes = common.new_figure(6 * columns, 0.8 + height * rows, rows, columns,
+                                     squeeze=False, sharex=True)
+
+    x = [format_length(n) for n in search.lengths]
+    y = [f"{depth:.0%}" for depth in search.depths]
+    for axis, looked in zip(axes.flat, results, strict=True):
+        share = {(cell.tokens, cell.depth): cell.digits_right for cell in looked.found}
+        grid = []
+        for depth in search.depths:
+            grid.append([100 * share[n, depth] for n in search.lengths])
+        image = common.heat_map(axis, grid, 100, "{:.0f}", x, y)
+        axis.set_title(looked.name())
+        axis.set_ylabel("depth of the key")
+
+    for axis in axes[-1]:
+        axis.set_xlabel("length of the input (tokens)")
+    figure.colorbar(image, ax=axes, label="digits right (%), chance is 10")
+    common.save_figure(figure, path)
+
+
+# --- The command ----------------------------------------------------------------------
+
+
+def add_search_arguments(parser, lengths):
+    """Add what is looked for."""
+    add = parser.add_argument
+    add("--lengths", type=common.listed(common.length), default=lengths, help="in tokens")
+    add("--depths", type=common.listed(common.percent), default="0,50,100",
+        help="of the key, in %%")
+    add("--keys", type=common.count, default=20, help="keys per cell")
+    add("--eval-seed", type=common.seed, default=1234, help="draws these keys")
+
+
+def way_name(text):
+    """Read the name of a way, as an argument's type."""
+    if text not in WAYS:
+        raise ValueError
+    return text
+
+
+def train_all(args):
+    """Train what the command line asks for, rules side by side. Returns all paths."""
+    rules = ["linear", "delta"] if args.rule == "both" else [args.rule]
+    if "local" in args.training:
+        rules = ["", *rules]
+
+    plans = []
+    for rule in rules:
+        runs = plan_runs(args.training, rule, args.seed, args.steps)
+        if runs:
+            plans.append(runs)
+        for run in runs:    # each file is looked at before the first step
+            train.find_start(run.path(args.out), run.config(), run.settings(), args.resume)
+
+    jobs = [(runs, args.out, args.device, args.resume) for runs in plans]
+    wanted = []
+    for paths in side_by_side(train_runs, jobs):
+        wanted += [path for way, path in paths.items() if way in args.training]
+    return wanted
+
 
 def main():
-    parser = Parser("Find a pass key in up to a million tokens: the paper's section 4.3, Table 3.")
+    parser = common.new_parser("Find a pass key in up to a million tokens.")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--load", type=common.path, nargs="+", action="extend", metavar="FILE",
+                      help="only look, with these models")
+    what.add_argument("--training", type=common.listed(way_name),
+                      default="local,short,plain,sharp", help="see WAYS in passkey.py")
+
     add = parser.add_argument
-    add("--load", type=Path, nargs="+", action="extend", metavar="FILE", help="only look")
-    add("--training", default="local,short,plain,sharp", help="see WAYS")
-    add("--rule", choices=["linear", "delta", "both"], default="both", help="rule of the memory")
-    add("--steps", type=whole(1), help="steps of each stage; without it 4000, then 1600")
-    add("--seed", type=whole(0), default=0, help="of weights and training inputs")
+    add("--rule", choices=["linear", "delta", "both"], default="both", help="of the memory")
+    add("--steps", type=common.count, help="of each training; unset, see WAYS")
+    add("--seed", type=common.seed, default=0, help="of weights and training inputs")
     add("--resume", action="store_true", help="go on with trainings that were stopped")
-    add("--lengths", type=listed(length), default="1K,32K,128K,256K,512K,1M", help="in tokens")
-    add("--depths", type=listed(whole(0, 100)), default="0,50,100", help="of the key, in %%")
-    add("--keys", type=whole(1, 500), default=20, help="keys per cell")
-    add("--eval-seed", type=whole(0), default=1234, help="draws these keys")
-    add("--out", type=Path, default=Path("out"), metavar="FOLDER", help="for all files")
-    add("--csv", type=Path, metavar="FILE", help="for the table; without it OUT/passkey.csv")
-    add("--device", default="cpu", help="or cuda, or mps")
-    add("--threads", type=whole(1, 1024), help="cores to use; without it PyTorch decides")
+    add_search_arguments(parser, lengths="1K,32K,128K,256K,512K,1M")
+    add("--csv", type=common.path, help="for the table; unset, OUT/passkey.csv")
+    common.add_shared_arguments(parser)
     args = parser.parse_args()
-    ways, rules = args.training.split(","), ["linear", "delta"]
-    require(set(ways) <= set(WAYS), "--training", repr(args.training), f"of {','.join(WAYS)}")
-    path = args.csv or args.out / "passkey.csv"
-    require(path.suffix == ".csv", "--csv", path, "a name that ends in .csv")
-    set_up(args.device, args.threads, args.out, [path.absolute(), "passkey.png"], args.load or [])
-    useless = {"--training", "--rule", "--steps", "--seed", "--resume"} if args.load else {"--rule"}
-    ignored = useless & {word.split("=")[0] for word in sys.argv}
-    if ignored and (args.load or {*ways} == {"local"}):
-        parser.error(f"argument {min(ignored)}: of no use to {'--load' if args.load else 'local'}")
-    jobs = [(rule, ways, args.seed, args.steps, args.out, args.device, args.resume)
-            for rule in ["-"] * ("local" in ways) + (rules if args.rule == "both" else [args.rule])]
-    paths = args.load or [path for paths in side_by_side(train_ways, jobs) for path in paths]
-    depths = [depth / 100 for depth in args.depths]
-    results = table(paths, args.lengths, depths, args.keys, args.eval_seed, args.device, path)
-    draw(results, args.lengths, depths, args.out / "passkey.png")
+    common.set_threads(args.threads)
+
+    search = Search(args.lengths, args.depths, args.keys, args.eval_seed)
+    search.tasks()    # too many keys are refused before all work
+    paths = args.load or train_all(args)
+    results = table(paths, search, args.csv or args.out / "passkey.csv", args.device)
+    draw(results, search, args.out / "passkey.png")
+
 
 if __name__ == "__main__":
-    run_command(main)
+    # Worker processes find functions by the name of their module, which is not __main__.
+    from passkey import main
+    common.run_command(main)
