@@ -27,10 +27,10 @@ def new_parser(description):
     )
 
 
-def add_files_argument(parser, help):
+def add_files_argument(parser, help, required=True):
     """Add --load FILE ..., which may be given several times."""
-    parser.add_argument("--load", type=path, nargs="+", action="extend", required=True,
-                        metavar="FILE", help=help)
+    parser.add_argument("--load", type=path, nargs="+", action="extend", metavar="FILE",
+                        required=required, help=help)
 
 
 def add_shared_arguments(parser, device=True):
@@ -246,7 +246,7 @@ MARKER = {"linear": "o", "delta": "^", "local": "P", "xl": "s", "full": "v"}
 
 def new_figure(width, height, rows=1, columns=1, **options):
     """Make a figure that needs no display, in inches. Returns it and its axes."""
-    from matplotlib.figure import Figure    # training does without
+    from matplotlib.figure import Figure  # training does without
 
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(rows, columns, **options)

@@ -529,7 +529,7 @@ class FullAttention(LocalAttention):
         self.N = sys.maxsize
 
     def empty_memory(self, k, v):
-        return ()                                        # not None: no state of local's fits
+        return ()                                        # unlike local's None, see `check`
 
 
 ATTENTION = {

@@ -653,18 +653,16 @@ def train_all(args):
 def main():
     parser = common.new_parser("Find a pass key in up to a million tokens.")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--load", type=common.path, nargs="+", action="extend", metavar="FILE",
-                      help="only look, with these models")
+    common.add_files_argument(what, "only look, with these models", required=False)
     what.add_argument("--training", type=common.listed(way_name),
                       default="local,short,plain,sharp", help="see WAYS in passkey.py")
 
-    add = parser.add_argument
+    add = parser.add_argument_group("for training").add_argument
     add("--rule", choices=["linear", "delta", "both"], default="both", help="of the memory")
     add("--steps", type=common.count, help="of each training; unset, see WAYS")
     add("--seed", type=common.seed, default=0, help="of weights and training inputs")
     add("--resume", action="store_true", help="go on with trainings that were stopped")
     add_search_arguments(parser, lengths="1K,32K,128K,256K,512K,1M")
-    add("--csv", type=common.path, help="for the table; unset, OUT/passkey.csv")
     common.add_shared_arguments(parser)
     args = parser.parse_args()
     common.set_threads(args.threads)
@@ -672,7 +670,7 @@ def main():
     search = Search(args.lengths, args.depths, args.keys, args.eval_seed)
     search.tasks()    # too many keys are refused before all work
     paths = args.load or train_all(args)
-    results = table(paths, search, args.csv or args.out / "passkey.csv", args.device)
+    results = table(paths, search, args.out / "passkey.csv", args.device)
     draw(results, search, args.out / "passkey.png")
 
 
