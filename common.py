@@ -5,12 +5,15 @@ Arguments, one-line errors, progress, processes side by side, tables and picture
 
 import argparse
 import csv
+import math
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import time
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from itertools import repeat
 from pathlib import Path
 
 import torch
@@ -181,6 +184,24 @@ def begin_worker():
     keep_freed_memory()
 
 
+class Copy:
+    """Carries a job into another process.
+
+    On its own PyTorch would send each tensor as an open file, and a system allows too few
+    of them for all texts of a language model.
+    """
+
+    def __init__(self, job):
+        self.job = job
+
+    def __reduce__(self):
+        return pickle.loads, (pickle.dumps(self.job),)    # which makes the job itself
+
+
+def call(function, job):
+    return function(*job)
+
+
 def side_by_side(function, jobs):
     """Call function(*job) for each job, in as many processes as PyTorch has threads.
 
@@ -196,7 +217,7 @@ def side_by_side(function, jobs):
 
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(n_workers, context, begin_worker) as pool:
-        yield from pool.map(function, *zip(*jobs, strict=True))
+        yield from pool.map(call, repeat(function), [Copy(job) for job in jobs])
 
 
 # --- Tables ---------------------------------------------------------------------------
@@ -237,6 +258,27 @@ def mean_and_deviation(values):
     return f"{values.mean():.4f} +- {values.std():.4f}"
 
 
+def by_position(costs, base=2):
+    """Average the costs of segments 1, 2, 3-4, 5-8 and so on, here with base 2.
+
+    costs: (..., S). Returns the last segment of each stretch, and (..., stretches).
+    """
+    S = costs.shape[-1]
+    ends = []
+    end = 1
+    while end < S:
+        ends.append(end)
+        end *= base
+    ends.append(S)
+
+    means = []
+    start = 0
+    for end in ends:
+        means.append(costs[..., start:end].mean(-1))
+        start = end
+    return ends, torch.stack(means, dim=-1)
+
+
 # --- Pictures: one house style --------------------------------------------------------
 
 # A colour and a marker mean the same thing in every picture.
@@ -266,8 +308,33 @@ def draw_line(axis, x, y, kind, label, shade=1.0, **style):
     """
     options = dict(color=COLOUR[kind], alpha=shade, marker=MARKER[kind], markersize=4)
     axis.plot(x, y, **{**options, **style})
+    axis.spines[["top", "right"]].set_visible(False)    # names may stand there
     axis.annotate(label, (x[-1], y[-1]), xytext=(5, 0), textcoords="offset points",
                   color=COLOUR[kind], va="center", fontsize=8)
+
+
+def draw_points(axis, x, y, kind, size=3):
+    """Draw points in the colour and marker of a kind, as one per seed.
+
+    x: (n,), y: (n,) or (n, seeds).
+    """
+    axis.plot(x, y, MARKER[kind], color=COLOUR[kind], alpha=0.5, markersize=size)
+
+
+def spread_names(axis, least=9.0):
+    """Move the names of lines that end at one x apart, by at least so many points.
+
+    Call it last, when nothing changes the axis's limits any more.
+    """
+    axis.figure.draw_without_rendering()    # only now is it known where a name stands
+    points = 72 / axis.figure.dpi           # per pixel
+    highest = {}                            # x -> of the names so far
+    for name in sorted(axis.texts, key=lambda text: text.xy[1]):
+        x, y = name.xy
+        height = axis.transData.transform((x, y))[1] * points
+        place = max(height, highest.get(x, -math.inf) + least)
+        name.xyann = (5, place - height)
+        highest[x] = place
 
 
 def set_lengths(axis, lengths):

@@ -604,7 +604,7 @@ class InfiniTransformer(nn.Module):
         next state. Raises ValueError if a token is not in the vocabulary or the state does
         not fit.
         """
-        x, states = self.read(tokens, state, self.blocks)
+        x, states = self.run(self.blocks, tokens, state)
         return self.head(self.norm(x)), states
 
     def absorb(self, tokens, state=None):
@@ -613,11 +613,11 @@ class InfiniTransformer(nn.Module):
         Nobody asks for what the last layer finds, so it only writes. Raises as `forward`.
         """
         *below, last = self.blocks
-        x, states = self.read(tokens, state, below)
+        x, states = self.run(below, tokens, state)
         states[-1] = last.absorb(x, states[-1])
         return states
 
-    def read(self, tokens, state, blocks):
+    def run(self, blocks, tokens, state):
         """Run the first blocks. Returns x: (B, T, d_model) and the states of all blocks."""
         n_layers = len(self.blocks)
         states = [None] * n_layers if state is None else list(state)

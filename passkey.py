@@ -18,7 +18,7 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
@@ -155,7 +155,7 @@ def draw_keys(rng, n, digits, held_out):
 class Way:
     """Says how a model is trained."""
 
-    start: str              # the way whose model goes on; "" begins from nothing
+    start: Optional[str]    # the way whose model goes on, or None
     steps: int
     longest: int            # tokens of the longest input
     tokens_per_step: int
@@ -165,8 +165,8 @@ class Way:
 SHORTEST = 64    # tokens of the shortest training input
 
 WAYS = {
-    "local": Way("", 4000, 256, 1024, 4e-3),           # the control, without a memory
-    "short": Way("", 4000, 256, 1024, 4e-3),           # long inputs first teach nothing
+    "local": Way(None, 4000, 256, 1024, 4e-3),         # the control, without a memory
+    "short": Way(None, 4000, 256, 1024, 4e-3),         # long inputs first teach nothing
     "plain": Way("short", 1600, 5000, 2048, 2e-3),     # up to 5K tokens, as in the paper
     "sharp": Way("plain", 1600, 5000, 2048, 2e-3),     # the same, while W_Q and W_K grow
 }
@@ -277,7 +277,7 @@ def way_loss(name, seed, steps):
             grown = min(1.0, step / steps / 0.3)
         longest = SHORTEST * (way.longest / SHORTEST) ** grown
 
-        rng = random.Random(f"{seed} after {way.start or None}/{step}")
+        rng = random.Random(f"{seed} after {way.start}/{step}")
         inputs, digits = draw_inputs(rng, way, longest, model.config.segment_len)
         return answer_loss(model, inputs.to(model.head.weight.device), digits)
 
@@ -289,13 +289,13 @@ class Run:
     """Says which training it is. Together with WAYS it decides every number."""
 
     way: str
-    rule: str     # of the memory; "" for a model without one
+    rule: Optional[str]    # of the memory, or None for a model without one
     seed: int
     steps: int
 
     def path(self, out):
-        parts = ["passkey", self.way, self.rule, f"seed{self.seed}"]
-        return Path(out) / ("-".join(part for part in parts if part) + ".pt")
+        name = f"{self.way}-{self.rule}" if self.rule else self.way
+        return Path(out) / f"passkey-{name}-seed{self.seed}.pt"
 
     def config(self):
         if self.rule:
@@ -312,7 +312,7 @@ class Run:
 def plan_runs(ways, rule, seed, steps=None):
     """List the trainings for some ways of a rule, and before each the one it goes on from.
 
-    rule: "linear", "delta", or "" for the way without a memory. steps: None is the way's.
+    rule: "linear", "delta", or None for the way without a memory. steps: None is the way's.
     """
     wanted = set(ways)
     for name in reversed(WAYS):
@@ -499,7 +499,7 @@ class Looked(NamedTuple):
     """Holds what was found with one model."""
 
     way: str
-    rule: str          # "" without a memory
+    rule: Optional[str]
     seed: int
     found: list        # a Found per cell
 
@@ -633,7 +633,7 @@ def train_all(args):
     """Train what the command line asks for, rules side by side. Returns all paths."""
     rules = ["linear", "delta"] if args.rule == "both" else [args.rule]
     if "local" in args.training:
-        rules = ["", *rules]
+        rules = [None, *rules]
 
     plans = []
     for rule in rules:

@@ -1,179 +1,485 @@
-"""What does the memory cost in time and space? Each row is a ratio of two measurements.
+"""What does the memory cost in time and space? Each row divides two measurements.
 
     python -m experiments.bench           two minutes
-    python -m experiments.bench --peer    also beside infini-transformer-pytorch, if it is installed
+    python -m experiments.bench --peer    also beside infini-transformer-pytorch 0.2.1
 
-Small is the model of passkey.py, the paper layer one layer of the paper's size."""
-if not __package__:
-    raise SystemExit("run it from the project's folder: python -m experiments.bench")
+"Small" is the model of passkey.py. "Paper layer" is one layer of the paper's size.
+"""
 
-import csv
 import math
 import os
 import platform
 import re
+import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
-from timeit import timeit
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 
-from infini import InfiniAttention, InfiniConfig, InfiniTransformer, Memory, generate, stream
+import common
+import train
+from common import format_length
+from infini import (
+    ATTENTION,
+    InfiniAttention,
+    InfiniConfig,
+    InfiniTransformer,
+    Memory,
+    generate,
+    stream,
+)
 from passkey import answer_loss, model_config
-from train import KINDS, Parser, make_optimizer, run_command, set_up, take_step, whole
 
-paper = partial(InfiniConfig, d_model=1024, n_heads=8, d_key=128, d_value=128, segment_len=2048)
-SIZES = dict(rows=((16, 64), (9, 112), (4, 256)),    # (batch, tokens) of small steps, timed as one
-             trained=((16, 2048, "infini"), (1, 2 ** 13, "full"), (1, 2 ** 15, "full")), repeats=5,
-             paper_tokens=16384, parallel_tokens=8192, near=2 ** 15, far=2 ** 20, new_tokens=320,
-             peer=(("small", model_config, (16, 512, 64)), ("paper", paper, (1, 16384, 1024))))
+# Shapes are (documents, tokens).
+SIZES = dict(
+    repeats=5,                                        # of long actions; of short ones 20
+    small_step=[(16, 64), (9, 112), (4, 256)],        # three steps, timed as one
+    paper_step=(1, 16384),
+    text=2 ** 15,                                     # tokens to stream
+    long_text=2 ** 20,
+    new_tokens=320,                                   # to generate
+    asked=(2, 1024),
+    many_segments=(1, 8192),
+    checkpointed=[(16, 2048, "infini"), (1, 2 ** 13, "full"), (1, 2 ** 15, "full")],
+    peer={"small": (16, 512, 20), "paper": (1, 16384, 1)},    # with the repeats
+)
 
-def medians(repeats, *actions):
-    """Time each action several times, in turns, so that whatever else the machine does slows all
-    of them alike. Returns the median seconds of each."""
-    seconds = [[timeit(action, number=1) for action in actions] for _ in range(repeats)]
-    return [median(times) for times in zip(*seconds)]
+KINDS = ["local", "linear", "delta"]
+SCALE = {"s": 1, "ms": 1e3, "us": 1e6}    # units in a second
+
+
+@dataclass(frozen=True)
+class Row:
+    """Holds two measurements. Their ratio is the result."""
+
+    what: str
+    first: float
+    second: float
+    unit: str
+
+    def ratio(self):
+        return self.first / self.second
+
+
+def time_row(what, first, second, unit, n=1):
+    """Make a row of two times, in seconds, for n tokens."""
+    scale = SCALE[unit] / n
+    return Row(what, scale * first, scale * second, unit)
+
+
+# --- How time and memory are measured -------------------------------------------------
+
+
+def medians(actions, repeats):
+    """Time each action several times, in turns, so that all meet the same disturbances.
+
+    actions: {name: function}. Returns {name: median seconds}.
+    """
+    seconds = {name: [] for name in actions}
+    for _ in range(repeats):
+        for name, action in actions.items():
+            start = time.perf_counter()
+            action()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: median(times) for name, times in seconds.items()}
+
+
+def search_proc(name, pattern):
+    """Return what a file in /proc says where the pattern matches. Only Linux has one."""
+    file = Path("/proc", name)
+    found = re.search(pattern, file.read_text()) if file.exists() else None
+    return found[1] if found else None
+
+
+def peak_memory():
+    """Return the most memory that this process has used so far, in MB, or nan."""
+    kilobytes = search_proc("self/status", r"VmHWM:\s+(\d+)")
+    return int(kilobytes) / 2 ** 10 if kilobytes else math.nan
+
+
+def in_new_process(function, *arguments):
+    """Call a function in a process of its own, whose peak nothing else has raised."""
+    context = get_context("spawn")
+    with ProcessPoolExecutor(1, context, common.keep_freed_memory) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+# --- What is measured -----------------------------------------------------------------
+
+
+def small_config(kind):
+    return model_config(**train.KINDS[kind])
+
+
+def paper_config(kind):
+    return InfiniConfig(d_model=1024, n_heads=8, d_key=128, d_value=128, segment_len=2048,
+                        **train.KINDS[kind])
+
 
 def random_tokens(batch, length):
     """Draw (batch, length) tokens of the small model, the same ones in every call."""
-    same = torch.Generator().manual_seed(0)
-    return torch.randint(model_config().vocab_size, (batch, length), generator=same)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(model_config().vocab_size, (batch, length), generator=generator)
 
-def model_step(rows, **config):
-    """Make a function that trains a small model on each (batch, tokens) in rows as train() does."""
-    model = InfiniTransformer(model_config(**config))
-    optimizer = make_optimizer(model, 1e-3, 1e-2)
+
+def training_step(model, shapes):
+    """Make a function that takes a training step on random tokens of each shape."""
+    optimizer = train.make_optimizer(model, lr=1e-3, gate_lr=1e-2)
+
     def step():
-        for batch, length in rows:
+        for batch, length in shapes:
             tokens = random_tokens(batch, length + 1)
-            logits = model(tokens[:, :-1])[0].flatten(0, 1)
-            take_step(model, optimizer, F.cross_entropy(logits, tokens[:, 1:].flatten()))
+            logits, _ = model(tokens[:, :-1])
+            loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+            train.take_step(model, optimizer, loss)
+
     return step
+
 
 def layer_step(layer, x):
     """Make a function that runs a layer forward and backward on x: (B, T, d_model)."""
-    return lambda: layer(x)[0].sum().backward()
+    def step():
+        o, _ = layer(x)
+        o.sum().backward()
 
-def peer_of(ours):
-    """Make a layer of infini-transformer-pytorch 0.2.1 (P. Wang) with our weights. There RoPE turns
-    neighbours, the gate is inverted, x is normalised, and the first memory has to be given."""
-    from infini_transformer_pytorch.infini_transformer import CausalAttention, Memories
-    c, half, delta = ours.config, ours.config.d_key // 2, ours.config.update == "delta"
-    layer = CausalAttention(c.d_model, dim_head=c.d_key, heads=c.n_heads, use_mem_delta_rule=delta)
-    q, k = (w.weight.unflatten(0, (-1, 2, half)).transpose(1, 2).flatten(0, 2)
-            for w in (ours.w_q, ours.w_k))
-    layer.load_state_dict({
-        "norm.gamma": torch.ones(c.d_model), "to_qkv.weight": torch.cat([q, k, ours.w_v.weight]),
-        "to_out.weight": ours.w_o.weight, "fastweight_mem.head_gates": -ours.beta,
-        "rotary_emb.freqs": c.rope_base ** (-torch.arange(half) / half)})
-    def read(x):
-        memory, outputs = Memory.empty(len(x), c.n_heads, c.d_key, c.d_value), []
-        for piece in x.split(c.segment_len, 1):
-            o, _, memory = layer(piece, None, Memories(*memory), return_new_memories=True)
-            outputs.append(o)
-        return torch.cat(outputs, 1), memory
+    return step
+
+
+def layer_read(layer, x):
+    """Make a function that only runs it forward."""
+    @torch.no_grad()
+    def read():
+        layer(x)
+
     return read
 
-def told_by_linux(name, pattern):
-    """Return what a file of /proc says where the pattern matches, or None on other systems."""
-    file = Path("/proc", name)
-    found = re.search(pattern, file.read_text()) if file.exists() else None
-    return found and found[1]
 
-def peak_memory():
-    """Return the most memory that this process has used so far, in MB. Linux only, else nan."""
-    return float(told_by_linux("self/status", r"VmHWM:\s+(\d+)") or math.nan) / 2 ** 10
+class OneByOne(InfiniAttention):
+    """Reads one segment after the other, as Eq. 4 says, and not all at once."""
 
-def streaming_peak(length):
-    """Return the MB that a process needs to read `length` tokens."""
-    stream(InfiniTransformer(model_config()), random_tokens(1, length))
+    def segments(self, q, k, v, state):
+        outputs = []
+        for start in range(0, k.shape[2], self.N):
+            now = slice(start, start + self.N)
+            a, state = self.segment(q[:, :, now], k[:, :, now], v[:, :, now], state)
+            outputs.append(a)
+        return torch.cat(outputs, dim=2), state
+
+
+def one_by_one_model(config):
+    """Make a model of such layers."""
+    model = InfiniTransformer(config)
+    for block in model.blocks:
+        block.attention = OneByOne(config)
+    return model
+
+
+# --- Memory ---------------------------------------------------------------------------
+
+
+def streaming_peak(n_tokens):
+    """Return the MB that a process needs to read so many tokens."""
+    model = InfiniTransformer(model_config())
+    stream(model, random_tokens(1, n_tokens))
     return peak_memory()
 
+
 def training_peak(config, batch, length):
-    """Return the MB that a training step on (batch, length) tokens adds to what is needed."""
-    model_step([(1, 1)], **config)()
+    """Return the MB that a training step adds to what even the smallest one needs."""
+    model = InfiniTransformer(config)
+    training_step(model, [(1, 1)])()
     before = peak_memory()
-    model_step([(batch, length)], **config)()
+    training_step(model, [(batch, length)])()
     return peak_memory() - before
 
-def in_new_process(function, *args):
-    """Call a function in a process of its own, whose peak nothing else has raised."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(function, *args).result()
 
-def measurements(b, peer):
-    """Measure. Yields what it is, two values and their unit. b: SIZES, as attributes."""
-    peaks = (in_new_process(streaming_peak, n) for n in (b.far, b.near))
-    yield "peak memory, streaming 1M / 32K tokens", *peaks, "MB"
-    for batch, n, kind in b.trained:
-        peaks = (in_new_process(training_peak, config, batch, n)
-                 for config in (dict(checkpoint=True), dict(attention=kind)))
-        yield f"peak memory, training, {n:,} tokens, checkpoint=True / {kind}", *peaks, "MB"
-    kinds = [KINDS[kind] for kind in ("local", "linear", "delta")]
-    models = [InfiniTransformer(model_config(**kind)).eval() for kind in kinds]
-    layers = [InfiniAttention(paper(**kind)) for kind in kinds]
-    text, x = random_tokens(1, b.near), torch.randn(1, b.paper_tokens, 1024, requires_grad=True)
-    for what, unit, scale, repeats, actions in (
-            ("training step, small", "ms", 1e3, 4, [model_step(b.rows, **kind) for kind in kinds]),
-            ("training step, paper layer", "s", 1, 1, [layer_step(layer, x) for layer in layers]),
-            ("streaming, time per token", "us", 1e6 / b.near, 1,
-             [partial(stream, model, text) for model in models]),
-            ("generate, time per token", "us", 1e6 / b.new_tokens, 1,
-             [partial(generate, model, text[:, :1], b.new_tokens, 0) for model in models])):
-        local, linear, delta = (scale * t for t in medians(b.repeats * repeats, *actions))
-        yield f"{what}, Linear / local", linear, local, unit
-        yield f"{what}, Delta / local", delta, local, unit
-    for rule, (size, make, shape) in product(("linear", "delta"), b.peer if peer else ()):
-        ours, repeats = InfiniAttention(make(update=rule)), 4 * b.repeats if shape[0] > 1 else 1
-        theirs, what = peer_of(ours), f"{size} layer, {rule}, peer / ours"
-        x = F.rms_norm(torch.randn(*shape), shape[2:])
-        print(f"with the same weights they differ by {(theirs(x)[0] - ours(x)[0]).abs().max():.1g}")
-        times = medians(repeats, layer_step(theirs, x), layer_step(ours, x))
-        yield f"training step, {what}", *(1e3 * t for t in times), "ms"
-        theirs, ours = (torch.no_grad()(partial(layer, x[:1])) for layer in (theirs, ours))
-        times = (1e6 / shape[1] * t for t in medians(repeats, theirs, ours))
-        yield f"reading, time per token, {what}", *times, "us"
-    model, x = InfiniTransformer(model_config(update="linear")), random_tokens(2, 1025)
-    steps = (lambda n=n: answer_loss(model, x, n)[0].backward() for n in (1024, 4))
-    times = (1e3 * t for t in medians(4 * b.repeats, *steps))
-    yield "training step, small, Linear, every token asked / the last four", *times, "ms"
-    steps = (model_step([(1, b.parallel_tokens)], update="linear", form=form)
-             for form in ("parallel", "recurrent"))
-    speeds = (b.parallel_tokens / t for t in medians(b.repeats, *steps))
-    yield "training speed, small, Linear, parallel / recurrent", *speeds, "tokens/s"
-    model, full = (InfiniTransformer(model_config(**kind)).eval() for kind in ({}, KINDS["full"]))
-    full_at_once = partial(stream, full, text, chunk_len=b.near)    # which is its fastest
-    times = medians(3, full_at_once, partial(stream, model, text))
-    yield f"streaming, small, {b.near:,} tokens, full / infini", *times, "s"
+def streaming_memory():
+    """Compare what a process needs for a long text and for a shorter one."""
+    long = SIZES["long_text"]
+    short = SIZES["text"]
+    yield Row(
+        f"peak memory, streaming {format_length(long)} / {format_length(short)} tokens",
+        in_new_process(streaming_peak, long),
+        in_new_process(streaming_peak, short),
+        "MB",
+    )
+
+
+def training_memory():
+    """Compare a step that computes segments again with steps that store all of them."""
+    for batch, length, attention in SIZES["checkpointed"]:
+        again = model_config(checkpoint=True)
+        stored = model_config(attention=attention)
+        n = batch * length
+        yield Row(
+            f"peak memory, training, {n:,} tokens, checkpoint=True / {attention}",
+            in_new_process(training_peak, again, batch, length),
+            in_new_process(training_peak, stored, batch, length),
+            "MB",
+        )
+
+
+# --- Time beside a model without memory -----------------------------------------------
+
+
+def beside_local(what, seconds, unit, n=1):
+    """Divide both rules' time for n tokens by local's. seconds: {kind: median}."""
+    for rule in ("linear", "delta"):
+        name = f"{what}, {rule.capitalize()} / local"
+        yield time_row(name, seconds[rule], seconds["local"], unit, n)
+
+
+def small_models():
+    """Make a small model of each kind. Returns {kind: model}."""
+    return {kind: InfiniTransformer(small_config(kind)) for kind in KINDS}
+
+
+def training_small():
+    """Time a training step of the small model."""
+    actions = {}
+    for kind, model in small_models().items():
+        actions[kind] = training_step(model, SIZES["small_step"])
+    seconds = medians(actions, 4 * SIZES["repeats"])
+    yield from beside_local("training step, small", seconds, "ms")
+
+
+def training_paper():
+    """Time the paper's layer, forward and backward."""
+    x = torch.randn(*SIZES["paper_step"], 1024, requires_grad=True)
+    actions = {}
+    for kind in KINDS:
+        config = paper_config(kind)
+        layer = ATTENTION[config.attention](config)
+        actions[kind] = layer_step(layer, x)
+    seconds = medians(actions, SIZES["repeats"])
+    yield from beside_local("training step, paper layer", seconds, "s")
+
+
+def streaming():
+    """Time how a text is read, in chunks and without gradients."""
+    n = SIZES["text"]
+    text = random_tokens(1, n)
+    actions = {}
+    for kind, model in small_models().items():
+        actions[kind] = partial(stream, model.eval(), text)
+    seconds = medians(actions, SIZES["repeats"])
+    yield from beside_local("streaming, time per token", seconds, "us", n)
+
+
+def generating():
+    """Time how a text is written, token by token."""
+    n = SIZES["new_tokens"]
+    prompt = random_tokens(1, 1)
+    actions = {}
+    for kind, model in small_models().items():
+        actions[kind] = partial(generate, model.eval(), prompt, n, temperature=0)
+    seconds = medians(actions, SIZES["repeats"])
+    yield from beside_local("generate, time per token", seconds, "us", n)
+
+
+# --- What else saves time -------------------------------------------------------------
+
+
+def asking_all():
+    """Time a step that predicts every token, and one that predicts the last four.
+
+    In the second one, the last layer only writes the segments before theirs.
+    """
+    batch, length = SIZES["asked"]
+    model = InfiniTransformer(small_config("linear"))
+    inputs = random_tokens(batch, length + 1)
+
+    def ask(n):
+        loss, _, _ = answer_loss(model, inputs, n)
+        loss.backward()
+
+    actions = {"all": partial(ask, length), "four": partial(ask, 4)}
+    seconds = medians(actions, 4 * SIZES["repeats"])
+    what = "training step, small, Linear, every token asked / the last four"
+    yield time_row(what, seconds["all"], seconds["four"], "ms")
+
+
+def segments_at_once():
+    """Measure the speed of training with all segments at once, and with one by one."""
+    batch, length = SIZES["many_segments"]
+    config = small_config("linear")
+    actions = {
+        "at once": training_step(InfiniTransformer(config), [(batch, length)]),
+        "one by one": training_step(one_by_one_model(config), [(batch, length)]),
+    }
+    seconds = medians(actions, SIZES["repeats"])
+
+    n = batch * length
+    what = "training speed, small, Linear, segments at once / one by one"
+    yield Row(what, n / seconds["at once"], n / seconds["one by one"], "tokens/s")
+
+
+def streaming_full():
+    """Time how a text is read with full attention, and with a memory."""
+    n = SIZES["text"]
+    text = random_tokens(1, n)
+    full = InfiniTransformer(small_config("full")).eval()
+    ours = InfiniTransformer(small_config("delta")).eval()
+    actions = {
+        "full": partial(stream, full, text, chunk_len=n),    # its fastest way
+        "infini": partial(stream, ours, text),
+    }
+    seconds = medians(actions, 3)
+    what = f"streaming, small, {n:,} tokens, full / infini"
+    yield time_row(what, seconds["full"], seconds["infini"], "s")
+
+
+# --- Beside infini-transformer-pytorch ------------------------------------------------
+
+
+def neighbours(weight, d_key):
+    """Bring two features that RoPE turns together beside each other.
+
+    weight: (H d_key, d_model).
+    """
+    halves = weight.unflatten(0, (-1, 2, d_key // 2))    # (H, 2, d_key / 2, d_model)
+    return halves.transpose(1, 2).flatten(0, 2)
+
+
+def peer_weights(ours):
+    """Name the weights of our layer as the peer does.
+
+    There RoPE turns neighbouring features, the gate is inverted, and x is normalised.
+    """
+    c = ours.config
+    half = c.d_key // 2
+    w_q = neighbours(ours.w_q.weight, c.d_key)
+    w_k = neighbours(ours.w_k.weight, c.d_key)
+    return {
+        "norm.gamma": torch.ones(c.d_model),
+        "to_qkv.weight": torch.cat([w_q, w_k, ours.w_v.weight]),
+        "to_out.weight": ours.w_o.weight,
+        "fastweight_mem.head_gates": -ours.beta,
+        "rotary_emb.freqs": c.rope_base ** (-torch.arange(half) / half),
+    }
+
+
+def peer_of(ours):
+    """Make a layer of infini-transformer-pytorch (P. Wang) with our weights.
+
+    Returns a function (x) -> (o, memory), which runs it segment by segment.
+    """
+    # Nothing else needs this package.
+    from infini_transformer_pytorch.infini_transformer import CausalAttention, Memories
+
+    c = ours.config
+    layer = CausalAttention(c.d_model, dim_head=c.d_key, heads=c.n_heads,
+                            use_mem_delta_rule=c.update == "delta")
+    layer.load_state_dict(peer_weights(ours))
+
+    def read(x):
+        memory = Memory.empty(len(x), c.n_heads, c.d_key, c.d_value)
+        outputs = []
+        for segment in x.split(c.segment_len, dim=1):
+            memory = Memories(*memory)
+            o, _, memory = layer(segment, None, memory, return_new_memories=True)
+            outputs.append(o)
+        return torch.cat(outputs, dim=1), memory
+
+    return read
+
+
+def compare_layers(what, theirs, ours, x, repeats):
+    """Compare two layers: their outputs, a training step, and how they read a document."""
+    with torch.no_grad():
+        o_theirs, _ = theirs(x)
+        o_ours, _ = ours(x)
+    difference = (o_theirs - o_ours).abs().max().item()
+    largest = o_ours.abs().max().item()
+    name = f"output, {what}, largest difference / largest value"
+    yield Row(name, difference, largest, "")
+
+    actions = {"theirs": layer_step(theirs, x), "ours": layer_step(ours, x)}
+    seconds = medians(actions, repeats)
+    name = f"training step, {what}, peer / ours"
+    yield time_row(name, seconds["theirs"], seconds["ours"], "ms")
+
+    actions = {"theirs": layer_read(theirs, x[:1]), "ours": layer_read(ours, x[:1])}
+    seconds = medians(actions, repeats)
+    name = f"reading, time per token, {what}, peer / ours"
+    yield time_row(name, seconds["theirs"], seconds["ours"], "us", x.shape[1])
+
+
+def beside_peer():
+    """Compare our layer with the peer's, for both rules and both sizes."""
+    configs = {"small": small_config, "paper": paper_config}
+    for rule in ("linear", "delta"):
+        for size, (batch, length, repeats) in SIZES["peer"].items():
+            ours = InfiniAttention(configs[size](rule))
+            x = torch.randn(batch, length, ours.config.d_model)
+            x = F.rms_norm(x, x.shape[2:])    # as the peer does by itself
+            theirs = peer_of(ours)
+            yield from compare_layers(f"{size} layer, {rule}", theirs, ours, x, repeats)
+
+
+# --- The command ----------------------------------------------------------------------
+
+MEASUREMENTS = [
+    streaming_memory,
+    training_memory,
+    training_small,
+    training_paper,
+    streaming,
+    generating,
+    asking_all,
+    segments_at_once,
+    streaming_full,
+]
+
+LINE = "{:64}{:>9} / {:<9}{:9}{:>9}"
+
+
+def print_header():
+    """Say on what machine it is measured, and what the columns are."""
+    cpu = search_proc("cpuinfo", r"model name\s*: (.+)") or platform.machine()
+    print(f"{cpu}, {torch.get_num_threads()} of {os.cpu_count()} cores, "
+          f"PyTorch {torch.__version__}")
+    print(LINE.format("what", "first", "second", "unit", "ratio"), flush=True)
+
+
+def print_measurement(row):
+    first = f"{row.first:.4g}"
+    second = f"{row.second:.4g}"
+    ratio = f"{row.ratio():.3g}"
+    print(LINE.format(row.what, first, second, row.unit, ratio), flush=True)
+
 
 def main():
-    parser = Parser("Measure time and memory beside attention without memory, on the CPU.")
-    add = parser.add_argument
-    add("--out", type=Path, default=Path("out"), metavar="FOLDER", help="for bench.csv")
-    add("--peer", action="store_true", help="also measure infini-transformer-pytorch 0.2.1")
-    add("--threads", type=whole(1, 1024), help="cores to use; without it PyTorch decides")
+    parser = common.new_parser("Measure what the memory costs, on the CPU.")
+    parser.add_argument("--peer", action="store_true",
+                        help="also measure infini-transformer-pytorch 0.2.1")
+    common.add_shared_arguments(parser, device=False)
     args = parser.parse_args()
-    set_up(threads=args.threads, out=args.out)
-    if args.peer and not find_spec("infini_transformer_pytorch"):
-        parser.error("argument --peer: pip install infini-transformer-pytorch==0.2.1 comes first")
-    cpu = told_by_linux("cpuinfo", r"model name\s*: (.+)") or platform.processor()
-    print(f"{cpu or platform.machine()}, {torch.get_num_threads()} of {os.cpu_count()} cores, "
-          f"PyTorch {torch.__version__}\n{'what':78}{'measured':>22}{'ratio':>17}", flush=True)
-    with open(args.out / "bench.csv", "w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        rows.writerow(["what", "first", "second", "unit", "ratio"])
-        for what, first, second, unit in measurements(SimpleNamespace(**SIZES), args.peer):
-            ratio = first / second if second else math.nan
-            print(f"{what:78}{first:10.4g} / {second:<9.4g} {unit:9}{ratio:7.3g}", flush=True)
-            rows.writerow([what, first, second, unit, ratio])
-            file.flush()
+    common.set_threads(args.threads)
+
+    measurements = list(MEASUREMENTS)
+    if args.peer:
+        if find_spec("infini_transformer_pytorch") is None:
+            parser.error("--peer needs pip install infini-transformer-pytorch==0.2.1")
+        measurements.append(beside_peer)
+
+    print_header()
+    rows = []
+    for measure in measurements:
+        for row in measure():
+            print_measurement(row)
+            rows.append([row.what, row.first, row.second, row.unit, row.ratio()])
+    header = ["what", "first", "second", "unit", "ratio"]
+    common.write_csv(args.out / "bench.csv", header, rows)
+
 
 if __name__ == "__main__":
-    run_command(main)
+    # Worker processes find functions by the name of their module, which is not __main__.
+    from experiments.bench import main
+    common.run_command(main)

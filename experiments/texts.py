@@ -2,43 +2,61 @@
 
     python -m experiments.texts --load out/passkey-*.pt
 
-For each text it prints the table of passkey.py and leaves its cells in OUT/texts-NAME.csv."""
-if not __package__:
-    raise SystemExit("run it from the project's folder: python -m experiments.texts --load FILE")
+For each text it prints the table of passkey.py, and leaves the cells in OUT/texts-NAME.csv.
+"""
 
-from pathlib import Path
+from dataclasses import dataclass
 
-from passkey import HAY, NEEDLE, length, listed, table
-from train import Parser, run_command, set_up, whole
+import common
+import passkey
+from passkey import DIGITS, HAY, NEEDLE, Search
 
 DECOY = "The blue info is {1}. Find it. {1} is the blue info."    # {1}: the key backwards
-TEXTS = {    # what it is, needle, hay, digits of a key if not as in training
-    "paper": ("the paper's text", NEEDLE, "paper", None),
-    "words": ("random words of the prompt instead of sentences", NEEDLE, "words", None),
-    "6-digits": ("keys of six digits", NEEDLE, "paper", 6),
-    "border": ("at 1K the answer begins a segment", f"{NEEDLE} Here we go.", "paper", None),
-    "decoy": ("a second number behind the key", f"{NEEDLE} {HAY} {DECOY}", "paper", None),
-    "twice": ("the needle twice, a paragraph apart", f"{NEEDLE} {HAY} {NEEDLE}", "paper", None)}
+
+
+@dataclass(frozen=True)
+class Text:
+    """Says in what a text differs from the paper's."""
+
+    what: str
+    needle: str = NEEDLE
+    hay: str = "paper"
+    digits: int = DIGITS
+
+
+TEXTS = {
+    "paper": Text("the paper's text"),
+    "words": Text("random words of the prompt instead of sentences", hay="words"),
+    "6-digits": Text("keys of six digits", digits=6),
+    "border": Text("at 1K the answer begins a segment", f"{NEEDLE} Here we go."),
+    "decoy": Text("a second number behind the key", f"{NEEDLE} {HAY} {DECOY}"),
+    "twice": Text("the needle twice, a paragraph apart", f"{NEEDLE} {HAY} {NEEDLE}"),
+}
+
+
+def make_search(text, args):
+    """Say what is looked for in a text. Raises ValueError if there are not so many keys."""
+    search = Search(args.lengths, args.depths, args.keys, args.eval_seed,
+                    digits=text.digits, needle=text.needle, hay=text.hay)
+    search.tasks()    # draws the keys
+    return search
+
 
 def main():
-    parser = Parser("Look for pass keys in other texts than the paper's.")
-    add = parser.add_argument
-    add("--load", type=Path, nargs="+", required=True, metavar="FILE",
-        help="models that passkey.py has trained")
-    add("--lengths", type=listed(length), default="1K,8K,32K", help="in tokens")
-    add("--depths", type=listed(whole(0, 100)), default="0,50,100", help="of the key, in %%")
-    add("--keys", type=whole(1, 500), default=20, help="keys per cell")
-    add("--eval-seed", type=whole(0), default=1234, help="draws these keys")
-    add("--out", type=Path, default=Path("out"), metavar="FOLDER", help="for the tables")
-    add("--threads", type=whole(1, 1024), help="cores to use; without it PyTorch decides")
+    parser = common.new_parser("Look for pass keys in other texts than the paper's.")
+    common.add_files_argument(parser, "models that passkey.py has trained")
+    passkey.add_search_arguments(parser, lengths="1K,8K,32K")
+    common.add_shared_arguments(parser, device=False)
     args = parser.parse_args()
-    set_up(threads=args.threads, out=args.out, files=[f"texts-{name}.csv" for name in TEXTS],
-           inputs=args.load)
-    depths = [depth / 100 for depth in args.depths]
-    for name, (what, needle, hay, digits) in TEXTS.items():
-        print(f"\n{name}: {what}", end="", flush=True)
-        table(args.load, args.lengths, depths, args.keys, args.eval_seed, "cpu",
-              args.out / f"texts-{name}.csv", needle, hay, digits)
+    common.set_threads(args.threads)
+
+    searches = {name: make_search(text, args) for name, text in TEXTS.items()}
+    for name, search in searches.items():
+        print(f"\n{name}: {TEXTS[name].what}")
+        passkey.table(args.load, search, args.out / f"texts-{name}.csv")
+
 
 if __name__ == "__main__":
-    run_command(main)
+    # Worker processes find functions by the name of their module, which is not __main__.
+    from experiments.texts import main
+    common.run_command(main)

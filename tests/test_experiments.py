@@ -1,388 +1,886 @@
-"""Each experiment is run in small. What it prints, draws and writes is computed another way."""
-import copy
+"""The experiments on language, in small. What they show is computed another way."""
+
 import csv
 import hashlib
-import importlib
 import math
 import random
 import re
-import sys
-from dataclasses import replace
-from itertools import product
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
-from matplotlib.colors import to_rgba
 
-import infini
-import passkey
 import train
-from experiments import bench, book, compare, curves, gates, plug, recall, sharpness, texts
+from experiments import book, compare, gates, plug, sample
 from infini import InfiniConfig, InfiniTransformer
-from passkey import one_key
-from test_infini import KINDS, RULES, SMALL, make, o_sigma, same
-from test_passkey import save
+from train import KINDS, Recipe
 
-LM = dict(batch=2, segments=4, lr=4e-3, gate_lr=3e-2, n_layers=2, d_model=16, n_heads=2, d_key=4,
-          segment_len=8, rope_base=10.0, gate_init=-1.5, gate_spread=5.1)
+N = 8              # bytes of a segment
+SEGMENTS = 4       # of a training sequence
+LENGTH = 32        # its bytes
+SIZES = dict(
+    d_model=16,
+    n_heads=2,
+    d_key=4,
+    d_value=4,
+    d_ff=64,
+    segment_len=N,
+    rope_base=10.0,
+    gate_init=-1.5,
+    gate_spread=5.1,
+)
+RULES = ["linear", "delta"]
+
 
 @pytest.fixture
-def small(monkeypatch, folder, tmp_path):    # arguments for text, files and threads
-    monkeypatch.setattr(train, "LM", LM)
-    return ["--data", folder, "--out", tmp_path, "--threads", 1]
+def library(tmp_path):
+    """Write 20 texts of 200 to 580 bytes in which no place is like another."""
+    root = tmp_path / "library"
+    root.mkdir()
+    rng = random.Random(0)
+    for i in range(20):
+        text = rng.choices(range(97, 123), k=200 + 20 * i)
+        (root / f"{i:02}.txt").write_bytes(bytes(text))
+    return root
 
-def rows_of(path):
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.reader(file))
 
-def pieces(folder, length):
-    return train.validation_pieces(train.read_documents(folder)[1], length)
+@pytest.fixture
+def small(monkeypatch, library, tmp_path):
+    """Make models small. Returns the arguments for text, files and threads."""
+    monkeypatch.setattr(train, "SIZES", SIZES)
+    monkeypatch.setattr(train, "SEGMENTS", SEGMENTS)
+    return ["--data", library, "--out", tmp_path, "--threads", 1]
+
+
+# --- Another way ----------------------------------------------------------------------
+
+
+def training_texts(library):
+    texts, _ = train.read_documents(library, shortest=LENGTH + 1)
+    return texts
+
+
+def held_out(library, length):
+    """Cut the held-out texts into (n, length) bytes."""
+    _, texts = train.read_documents(library, shortest=LENGTH + 1)
+    return train.validation_pieces(texts, length)
+
+
+def text_hash(library):
+    hashed = hashlib.sha256()
+    for text in training_texts(library):
+        hashed.update(bytes(text.tolist()))
+    return hashed.hexdigest()
+
 
 @torch.no_grad()
-def bits_of(model, tokens):    # of every byte but the first, (n, T), from the probabilities
-    p = model(tokens[:, :-1])[0].double().softmax(-1).gather(-1, tokens[:, 1:, None])
-    return -p[..., 0].log2()
+def bits_of(model, pieces):
+    """Compute the bits of each byte but the first, (n, T), from float64 probabilities."""
+    logits, _ = model.double()(pieces[:, :-1])
+    p = logits.softmax(-1).gather(-1, pieces[:, 1:, None])
+    return -p[:, :, 0].log2().numpy()
 
-def trained(path, folder, **told):    # the model in a checkpoint whose training was told this
-    model, settings = train.load_model(path)
-    text = b"".join(document.numpy() for document in train.read_documents(folder)[0])
-    told["text"] = hashlib.sha256(text).hexdigest()
-    assert told.items() <= settings.items()
+
+def bits_alone(model, pieces):
+    """Compute the same if each segment is read on its own."""
+    costs = []
+    for start in range(0, pieces.shape[1] - 1, N):
+        costs.append(bits_of(model, pieces[:, start:start + N + 1]))
+    return np.concatenate(costs, axis=1)
+
+
+def segment_means(costs):
+    """Average (n, S N) over pieces and over the bytes of each segment. Returns (S,)."""
+    return costs.reshape(len(costs), -1, N).mean(axis=(0, 2))
+
+
+def load(folder, name, seed):
+    model, _ = train.load_model(folder / f"lm-{name}-seed{seed}.pt")
     return model
 
-def cells(line):    # the name and the cells of a table's row, each a list of numbers
+
+# --- What was shown -------------------------------------------------------------------
+
+
+def rows_of(path):
+    """Read a CSV file. Returns its header and its rows."""
+    with open(path, newline="", encoding="utf-8") as file:
+        header, *rows = csv.reader(file)
+    return header, rows
+
+
+def cells_of(line):
+    """Read a table's row. Returns its name, and a list of numbers for each cell."""
     name, rest = line.replace(",", "").split(maxsplit=1)
-    numbers = re.findall(r"-?[\d.]+(?: \+- [\d.]+)?", rest)
-    return [name, *([float(x) for x in cell.split(" +- ")] for cell in numbers)]
+    cells = re.findall(r"-?[\d.]+(?: \+- [\d.]+)?", rest)
+    return name, [[float(x) for x in cell.split(" +- ")] for cell in cells]
 
-def near(cell, values):    # does it hold their mean and standard deviation?
-    return cell == pytest.approx([np.mean(values), np.std(values, ddof=1)], abs=1.1e-4)
 
-def save_model(path, training="short", seed=0, **config):
-    torch.manual_seed(seed)
-    model = InfiniTransformer(passkey.model_config(**config))
-    return save(path, model, training=training, seed=seed)
+def mean_and_deviation(values):
+    """What a cell should hold, to the last digit that it shows."""
+    return pytest.approx([np.mean(values), np.std(values, ddof=1)], abs=1.1e-4)
 
-# --- curves and compare --------------------------------------------------------------------------
-def test_curves_show_each_point_with_plain_ticks_and_can_be_told_apart(figures, tmp_path):
-    lines = {"a": ([1, 4.5, 2 ** 20], [0.5, 20.0, 1000.0]), "b": (torch.tensor([2]), torch.ones(1))}
-    for scale in ("linear", "log"):
-        curves.draw_lines(lines, tmp_path / "x.png", "tokens", "share", scale)
-        axis, = figures[-1].axes
-        assert (axis.get_xscale(), axis.get_yscale()) == (scale, "linear")
-    assert (axis.get_xlabel(), axis.get_ylabel()) == ("tokens", "share") and axis.get_legend()
-    assert len({line.get_marker() for line in axis.lines} - {"None"}) == 2
-    same(np.array(axis.lines[0].get_data()), np.array(lines["a"]))
-    assert [text.get_text() for text in axis.get_xticklabels()] == ["1", "2", "4.5", "1M"]
-    assert rows_of(tmp_path / "x.csv") == [
-        ["curve", "tokens", "share"], ["a", "1.0", "0.5"], ["a", "4.5", "20.0"],
-        ["a", "1048576.0", "1000.0"], ["b", "2.0", "1.0"]]
-    assert curves.mean_and_deviation(torch.tensor([1.0, 2.0, 6.0])) == "3.0000 +- 2.6458"
-    assert curves.mean_and_deviation(torch.tensor([1.5])) == "1.5000"
 
-def test_compare_prints_what_can_be_computed_by_hand(
-        small, folder, tmp_path, monkeypatch, command):
-    monkeypatch.setattr(compare, "context_memory", lambda config, length: 70 * length)
+def named_lines(axis):
+    """Find the lines with a name at their end. Returns {name: (x, y)}."""
+    lines = [line for line in axis.lines if line.get_linestyle() != "None"]
+    found = {}
+    for name, line in zip(axis.texts, lines, strict=False):
+        x, y = line.get_data()
+        assert name.xy == (x[-1], y[-1])
+        found[name.get_text()] = (list(x), list(y))
+    return found
+
+
+def points_of(axis, colour):
+    """Find the points of one colour. Returns a list of (x, y) for each seed."""
+    found = []
+    for line in axis.lines:
+        if line.get_linestyle() == "None" and line.get_color() == colour:
+            x, y = line.get_data()
+            found.append((list(x), list(y)))
+    return found
+
+
+def colours_of(axis):
+    """Find the numbers of a heat map, row by row."""
+    return list(axis.images[0].get_array().flatten())
+
+
+def no_training(*_, **__):
+    raise AssertionError("this must be refused before any training")
+
+
+# --- compare --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compared(small, command, tmp_path):
+    """Compare two seeds of each kind after three steps. Returns what is printed."""
     code, out, err = command(compare.main, "--steps", 3, "--seeds", 2, *small)
-    assert code == 0 and err.count("3/3 steps") == 10
-    tokens, costs, forgot = pieces(folder, 129), {}, {}
-    for kind, seed in ((kind, seed) for kind in train.KINDS for seed in (0, 1)):
-        model = trained(tmp_path / f"lm-{kind}-seed{seed}.pt", folder, kind=kind, seed=seed,
-                        steps=3, batch=2, length=32, lr=4e-3, gate_lr=3e-2)
-        assert model.config == InfiniConfig(
-            d_model=16, n_layers=2, n_heads=2, d_key=4, d_value=4, d_ff=64, segment_len=8,
-            rope_base=10.0, gate_init=-1.5, gate_spread=5.1, **train.KINDS[kind])
-        cost = bits_of(model, tokens[:, :33] if kind == "full" else tokens)
-        costs[kind, seed] = cost.unflatten(1, (-1, 8)).mean((0, 2)).numpy()
-        alone = torch.stack([bits_of(model, tokens[:, i:i + 9]) for i in range(0, 32, 8)])
-        forgot.setdefault(kind, []).append(alone.mean())
-    header, *rows = rows_of(tmp_path / "compare.csv")
-    assert header == ["kind", "seed", "segment", "bits_per_byte"]
-    assert [(kind, int(seed), int(i), float(x)) for kind, seed, i, x in rows] == [
-        (*who, i, pytest.approx(x)) for who, cost in costs.items() for i, x in enumerate(cost, 1)]
-    assert f"\n{len(tokens)} held-out pieces of 32 bytes, 2 seeds" in out
-    header, *lines = out.splitlines()[-6:]
-    assert re.sub("  +", "|", header) == (
-        "kind|bits per byte|less than local|perplexity|forgetful|numbers kept|Table 1")
-    memory = dict(local=0, xl=256, linear=80, delta=80, full=1024)
-    for kind, line in zip(train.KINDS, lines, strict=True):
-        name, value, gain, perplexity, *without, counted, formula = cells(line)
-        values, local = (np.array([np.mean(costs[k, seed][:4]) for seed in (0, 1)])
-                         for k in (kind, "local"))
-        assert name == kind and near(value, values) and near(gain, local - values)
-        assert perplexity == pytest.approx([2 ** values.mean()], rel=1e-5)
-        assert (counted, formula) == ([memory[kind]], [70 * 32]) and len(without) == (kind in RULES)
-        assert all(near(cell, forgot[kind]) for cell in without)
-    drawn = rows_of(tmp_path / "context.csv")[1:]
-    s = np.mean([costs["full", 0], costs["full", 1]], 0)
-    same([[float(x) for x in row[1:]] for row in drawn[-3:]],
-         [(1, s[0]), (2, s[1]), (4, s[2:].mean())], 1e-5)
-    assert [row[0] for row in drawn if row[1] == "4.0"] == [*train.KINDS] and len(drawn) == 23
-    kept = [[float(x) for x in row[1:]] for row in rows_of(tmp_path / "memory.csv")[1:]]
-    same(kept, [(max(1, memory[kind]), np.mean(costs[kind, seed][:4]))
-                for kind in memory for seed in (0, 1)], 1e-5)
-    code, again, err = command(compare.main, "--steps", 3, "--seeds", 2, *small, "--resume")
-    assert code == 0 and again == out and "3/3 steps" not in err
-    assert compare.by_position(torch.arange(9.0)) == ([1, 2, 4, 8, 9], [0, 1, 2.5, 5.5, 8])
+    assert code == 0
+    assert err.count("3/3") == 10
+    return out
+
+
+def costs_by_hand(library, tmp_path):
+    """Score the models of `compared`. Returns {(kind, seed): (S,)}."""
+    pieces = held_out(library, 4 * LENGTH + 1)
+    costs = {}
+    for kind in KINDS:
+        read = pieces[:, :LENGTH + 1] if kind == "full" else pieces
+        for seed in (0, 1):
+            costs[kind, seed] = segment_means(bits_of(load(tmp_path, kind, seed), read))
+    return costs
+
+
+def forgetful_by_hand(library, tmp_path):
+    """Score the models with a memory that they may not use. Returns as `costs_by_hand`."""
+    pieces = held_out(library, 4 * LENGTH + 1)[:, :LENGTH + 1]
+    costs = {}
+    for rule in RULES:
+        for seed in (0, 1):
+            alone = bits_alone(load(tmp_path, rule, seed), pieces)
+            costs[rule, seed] = segment_means(alone)
+    return costs
+
+
+def test_compare_trains_kinds_that_differ_in_their_attention_only(
+        compared, library, tmp_path):
+    same = dict(steps=3, lr=3e-3, gate_lr=1e-2, length=LENGTH, text=text_hash(library))
+
+    for kind in KINDS:
+        for seed in (0, 1):
+            content = train.read_checkpoint(tmp_path / f"lm-{kind}-seed{seed}.pt")
+
+            config = InfiniConfig(n_layers=2, **SIZES, **KINDS[kind])
+            assert content["config"] == asdict(config)
+            assert content["settings"] == dict(same, kind=kind, seed=seed)
+
+
+def test_compare_prints_costs_gains_perplexity_and_what_forgetting_costs(
+        compared, library, tmp_path):
+    costs = costs_by_hand(library, tmp_path)
+    forgetful = forgetful_by_hand(library, tmp_path)
+    n = len(held_out(library, 4 * LENGTH + 1))
+
+    title, header, *lines = compared.splitlines()[-7:]
+
+    assert title == (f"{n} held-out pieces of 32 bytes, 2 seeds, "
+                     "mean +- standard deviation")
+    assert re.split("  +", header) == ["kind", "bits per byte", "less than local",
+                                       "perplexity", "forgetful", "numbers kept", "Table 1"]
+    for kind, line in zip(KINDS, lines, strict=True):
+        name, cells = cells_of(line)
+        local = np.array([costs["local", seed][:SEGMENTS].mean() for seed in (0, 1)])
+        cost = np.array([costs[kind, seed][:SEGMENTS].mean() for seed in (0, 1)])
+        assert name == kind
+        assert cells[0] == mean_and_deviation(cost)
+        assert cells[1] == mean_and_deviation(local - cost)
+        assert cells[2] == pytest.approx([2 ** cost.mean()], rel=1e-5)
+        if kind in RULES:
+            means = [forgetful[kind, seed].mean() for seed in (0, 1)]
+            assert cells[3] == mean_and_deviation(means)
+        assert len(cells) == (6 if kind in RULES else 5)
+
+
+def test_compare_counts_the_numbers_kept_and_does_not_take_them_from_the_formula(
+        small, command, monkeypatch):
+    monkeypatch.setattr(compare, "context_memory", lambda config, length: 70 * length)
+
+    _, out, _ = command(compare.main, "--steps", 1, "--seeds", 1, *small)
+
+    # Two layers of two heads. xl keeps a segment, full the 32 bytes of a training sequence.
+    kept = dict(local=0, xl=2 * 2 * 8 * (4 + 4), linear=2 * 2 * 4 * (4 + 1),
+                delta=2 * 2 * 4 * (4 + 1), full=2 * 2 * 32 * (4 + 4))
+    for line in out.splitlines()[-5:]:
+        name, cells = cells_of(line)
+        assert cells[-2:] == [[kept[name]], [70 * 32]]
+
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_compare_knows_by_table_1_what_a_state_holds(kind):
-    model = make(kind)
-    for length in (2 * SMALL.segment_len, 5 * SMALL.segment_len):
-        state = model(torch.zeros(1, length, dtype=torch.long))[1]
-        assert compare.numbers_in(state) == compare.context_memory(model.config, length)
-    paper = replace(model.config, n_layers=12, n_heads=8, d_key=128, d_value=128, segment_len=2048)
-    numbers = dict(infini=1_585_152, xl=50_331_648, full=16 * 50_331_648, local=0)
-    assert compare.context_memory(paper, 2 ** 15) == numbers[paper.attention]
+@pytest.mark.parametrize("n_segments", [1, 2, 5])
+def test_a_state_holds_as_many_numbers_as_table_1_says(kind, n_segments):
+    config = InfiniConfig(d_model=8, n_layers=3, n_heads=2, d_key=4, d_value=6, d_ff=8,
+                          segment_len=7, **KINDS[kind])
+    tokens = torch.zeros(1, 7 * n_segments, dtype=torch.long)
 
-def test_book_reads_one_document_with_a_memory_and_without(
-        small, tmp_path, monkeypatch, command):
-    assert command(compare.main, "--steps", 3, "--seeds", 2, *small)[0] == 0
-    (tmp_path / "pydoc_data").mkdir()
-    (tmp_path / "pydoc_data" / "topics.py").write_bytes(text := random.Random(0).randbytes(303))
-    monkeypatch.setattr(book.os, "__file__", tmp_path / "os.py")
-    paths = {(kind, seed): tmp_path / f"lm-{kind}-seed{seed}.pt"
-             for kind in ("local", "xl", "delta") for seed in (0, 1)}
-    options = ["--out", tmp_path, "--threads", 1]
-    code, out, err = command(book.main, "--load", *paths.values(), *options)
-    tokens, costs = torch.tensor([[*text]])[:, :297], {}
-    for (kind, seed), path in paths.items():
-        model = train.load_model(path)[0]
-        costs.setdefault(kind, []).append(bits_of(model, tokens)[0])
-        costs.setdefault(f"{kind} forgets", []).append(torch.cat([
-            bits_of(model, tokens[:, i:i + 9])[0] for i in range(0, 296, 8)]))
-    mean = {name: np.mean(np.stack(cost), 0) for name, cost in costs.items()}
-    title, header, *lines = out.splitlines()
-    assert code == 0 and title.startswith("303 bytes, 2 seeds") and len(lines) == 7
-    assert header.split() == ["8", "32", "128", "296"]
-    drawn = rows_of(tmp_path / "book.csv")[1:]
-    for i, name in enumerate(["local", "xl", "delta", "delta forgets"]):
-        line, gain = lines[max(0, 2 * i - 1)], mean["local"] - mean[name]
-        parts = [slice(0, 8), slice(8, 32), slice(32, 128), slice(128, 296)]
-        assert line[:16].strip() == name
-        same([*map(float, line[16:].split())], [mean[name][part].mean() for part in parts], 6e-4)
-        same([float(row[2]) for row in drawn[4 * i:][:4]], [gain[p].mean() for p in parts], 1e-5)
-        gains = [(a - b).mean() for a, b in zip(costs["local"], costs[name])]
-        assert i == 0 or near(cells("a " + lines[2 * i].split(": ")[1])[1], gains)
-    full = [tmp_path / f"lm-full-seed{seed}.pt" for seed in (0, 1)]
-    for bad in ([paths["xl", 0]], [*paths.values()][1:], [*paths.values(), *full]):
-        assert command(book.main, "--load", *bad, *options)[0] == 2
+    _, state = InfiniTransformer(config)(tokens)
 
-# --- gates and plug ------------------------------------------------------------------------------
-def test_gates_are_shown_as_training_noted_them(small, figures, folder, tmp_path, command):
-    code, out, _ = command(gates.main, "--steps", 102, "--rule", "linear", "--seed", 4, *small)
-    tables = re.findall(r"gates (.+): sigmoid.+\nlayer 1 (.+)\nlayer 2 (.+)", out)
-    header, *rows = rows_of(tmp_path / "gates.csv")
-    assert code == 0 and header == ["gate_lr", "step", "layer", "head", "gate"]
-    steps = [*range(2, 103, 2)]
-    for rate, table, above, below in zip((0.03, 0.004), tables, *(
-            figures[0].axes[:2], figures[0].axes[2:4]), strict=True):
-        path = tmp_path / f"lm-linear-gates-{rate}-seed4.pt"
-        model = trained(path, folder, gate_lr=rate, lr=0.004, seed=4, steps=102, kind="linear")
-        history, last = train.read_checkpoint(path)["gates"], model.gates()
-        assert float(table[0]) == rate and above.get_title() == f"learning rate of the gates {rate}"
-        same([[*map(float, line.split())] for line in table[1:]], last, 5e-4)
-        same(above.images[0].get_array(), last, 1e-6)
-        some = [row for row in rows if float(row[0]) == rate]
-        assert [row[1:4] for row in some] == [[str(step), layer, head] for step in steps
-                                              for layer in "12" for head in "12"]
-        same([float(row[4]) for row in some], history.flatten(), 1e-6)
-        for line, style, values in zip(below.lines, ["C1--", "C1--", "C0-", "C0-"],
-                                       history.flatten(1).T, strict=True):
-            assert to_rgba(line.get_color()) == to_rgba(style[:2])
-            assert line.get_linestyle() == style[2:] and [*line.get_xdata()] == steps
-            same(line.get_ydata(), values, 1e-6)
+    assert compare.numbers_in(state) == compare.context_memory(config, 7 * n_segments)
 
-@pytest.mark.parametrize("gate", [-30, 2])
-def test_plug_starts_where_local_ended_if_gates_are_closed(gate, small, folder, tmp_path, command):
-    code, out, _ = command(plug.main, "--steps", 25, "--seeds", 2, "--plug-gate", gate, *small)
-    header, *lines = out.splitlines()[-4:]
-    assert re.sub("  +", "|", header) == "goes on as|at the start|2 steps on|less than local"
-    table, tokens = {name: row for name, *row in map(cells, lines)}, pieces(folder, 33)
-    local = [trained(tmp_path / f"lm-local-seed{seed}.pt", folder, steps=25) for seed in (0, 1)]
-    starts = [bits_of(model, tokens).mean() for model in local]
-    weights = [sum(p.double().sum().item() for p in model.parameters()) for model in local]
-    ends, losses = {}, []
-    for kind in ("local", "linear", "delta"):
-        paths = {seed: tmp_path / f"lm-plug-{kind}-seed{seed}.pt" for seed in (1000, 1001)}
-        models = [trained(path, folder, lr=2e-3, gate_lr=3e-2, steps=2, seed=seed, length=32,
-                          starting_weights=round(w + 4 * gate * (kind != "local"), 6))
-                  for (seed, path), w in zip(paths.items(), weights)]
-        assert all(kind in (model.config.attention, model.config.update) for model in models)
-        ends[kind] = [bits_of(model, tokens).mean() for model in models]
-        losses += np.mean([train.read_checkpoint(p)["losses"] for p in paths.values()], 0).tolist()
-        assert near(table[kind][0], starts) == (gate == -30 or kind == "local")
-        assert near(table[kind][1], ends[kind])
-        assert near(table[kind][2], np.subtract(ends["local"], ends[kind]))
-    drawn = rows_of(tmp_path / "plug.csv")[1:]
-    assert [row[:2] for row in drawn] == [[kind, x] for kind in ends for x in ("1.0", "2.0")]
-    same([float(row[2]) for row in drawn], np.array(losses) / math.log(2), 1e-6)
-    ends, means = plug.means(torch.arange(250.0))
-    assert ends.tolist() == [*range(3, 250, 3), 250]
-    same(means[[0, -1]] * math.log(2), [1.0, 249.0], 1e-6)
 
-# --- recall --------------------------------------------------------------------------------------
-@pytest.mark.parametrize("twice", [False, True])
-def test_recall_asks_in_another_order_for_the_last_value_of_each_key(twice):
-    keys, values, asked, wanted, new = recall.draw(16, 50, torch.Generator().manual_seed(0), twice)
-    replaced, order = 0, []
-    for row in range(50):
-        pairs = list(zip(keys[row].tolist(), values[row].tolist()))
-        assert len(dict(pairs)) == len(asked[row]) == (12 if twice else 16)
-        assert sorted(asked[row].tolist()) == sorted(dict(pairs))
-        for question, value, is_new in zip(asked[row].tolist(), wanted[row].tolist(), new):
-            assert dict(pairs)[question] == value    # a later pair of a dict counts
-            assert bool(is_new) == ([key for key, _ in pairs].count(question) == 2)
-        replaced += int(new.sum())
-        order.append([key for key, _ in pairs].index(int(asked[row][0])))
-    assert replaced == 50 * 4 * twice and len({*order}) == 1 and order[0] > 0
+@pytest.mark.parametrize("kind, millions", [
+    ("local", 0), ("xl", 50.331648), ("linear", 1.585152), ("delta", 1.585152),
+    ("full", 16 * 50.331648),
+])
+def test_table_1_gives_the_papers_numbers_for_its_model(kind, millions):
+    config = InfiniConfig(n_layers=12, n_heads=8, d_key=128, d_value=128, segment_len=2048,
+                          **KINDS[kind])
+    assert compare.context_memory(config, 2 ** 15) == pytest.approx(1e6 * millions, abs=0.1)
 
-def test_recall_is_from_the_memory_alone_and_a_mean_over_seeds(tmp_path, monkeypatch, command):
-    torch.manual_seed(0)
-    model = recall.Recall("linear", 8)
-    keys, values, asked, *_ = recall.draw(16, 3, torch.Generator().manual_seed(0), False)
+
+def test_compare_saves_the_cost_of_every_segment(compared, library, tmp_path):
+    costs = costs_by_hand(library, tmp_path)
+    forgetful = forgetful_by_hand(library, tmp_path)
+    kept = dict(local=0, xl=256, linear=80, delta=80, full=1024)
+
+    expected = []
+    for (kind, seed), values in costs.items():
+        for segment, cost in enumerate(values, 1):
+            expected.append([kind, str(seed), str(kept[kind]), "no", str(segment), cost])
+        for segment, cost in enumerate(forgetful.get((kind, seed), []), 1):
+            expected.append([kind, str(seed), str(kept[kind]), "yes", str(segment), cost])
+
+    header, rows = rows_of(tmp_path / "compare.csv")
+    assert header == ["kind", "seed", "numbers_kept", "forgets", "segment", "bits_per_byte"]
+    assert [row[:5] for row in rows] == [row[:5] for row in expected]
+    assert [float(row[5]) for row in rows] == pytest.approx([row[5] for row in expected],
+                                                            rel=1e-5)
+
+
+def test_compare_draws_what_each_kind_saves_by_position(
+        figures, compared, library, tmp_path):
+    costs = costs_by_hand(library, tmp_path)
+    stretches = {8: slice(0, 1), 16: slice(1, 2), 32: slice(2, 4), 64: slice(4, 8),
+                 128: slice(8, 16)}
+
+    [axis] = figures[0].axes
+
+    lines = named_lines(axis)
+    assert list(lines) == list(KINDS)
+    for kind, (x, y) in lines.items():
+        assert x == ([8, 16, 32] if kind == "full" else [8, 16, 32, 64, 128])
+        each = []
+        for seed in (0, 1):
+            gain = costs["local", seed][:len(costs[kind, seed])] - costs[kind, seed]
+            each.append([gain[stretches[end]].mean() for end in x])
+        assert y == pytest.approx(np.mean(each, axis=0), abs=1e-5)
+        points = points_of(axis, compare.common.COLOUR[kind])
+        assert points == [(x, pytest.approx(values, abs=1e-5)) for values in each]
+    assert "less than local" in axis.get_ylabel()
+    assert [tick.get_text() for tick in axis.get_xticklabels()] == ["8", "16", "32", "64",
+                                                                    "128"]
+
+
+def test_compare_draws_costs_against_the_numbers_kept(figures, compared, library, tmp_path):
+    costs = costs_by_hand(library, tmp_path)
+    kept = dict(local=0, xl=256, linear=80, delta=80, full=1024)
+
+    [axis] = figures[1].axes
+
+    lines = named_lines(axis)
+    assert list(lines) == list(KINDS)
+    for kind, (x, y) in lines.items():
+        each = [costs[kind, seed][:SEGMENTS].mean() for seed in (0, 1)]
+        assert x == [kept[kind]]
+        assert y == pytest.approx([np.mean(each)], rel=1e-5)
+        points = points_of(axis, compare.common.COLOUR[kind])
+        assert points == [([kept[kind]] * 2, pytest.approx(each, rel=1e-5))]
+
+
+def measurements(**gains):
+    """Make two seeds of each kind, which save so many bits in the last segments."""
+    measured = {}
+    for kind in KINDS:
+        for seed in (0, 1):
+            costs = torch.full((4 * SEGMENTS,), 2.0 + seed)
+            costs[2:] -= gains.get(kind, [0.0, 0.0])[seed]
+            kept = {"linear": 10, "delta": 10, "xl": 78}.get(kind, 0)
+            measured[kind, seed] = compare.Measurement(costs, None, kept, kept)
+    return measured
+
+
+@pytest.mark.parametrize("title, question", [
+    (compare.context_title, "What does it save to know what came before?"),
+    (compare.memory_title, "Does it help to keep more numbers?"),
+])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_title_of_compare_is_a_finding_only_if_both_rules_win_with_each_seed(
+        title, question, rule, small):
+    helps = dict(linear=[0.1, 0.2], delta=[0.2, 0.1])
+    fails_once = {**helps, rule: [0.3, -0.1]}
+
+    assert "The memory" in title(measurements(**helps), range(2))
+    assert title(measurements(**fails_once), range(2)) == question
+
+
+def test_titles_of_compare_say_how_far_and_how_much_more(small):
+    measured = measurements(linear=[0.1, 0.2], delta=[0.2, 0.1])
+    assert "4 times the length" in compare.context_title(measured, range(2))
+    assert "keeps 7.8 times as much" in compare.memory_title(measured, range(2))
+
+
+def test_compare_goes_on_with_finished_trainings_and_shows_the_same(
+        compared, small, command):
+    code, again, err = command(compare.main, "--steps", 3, "--seeds", 2, *small, "--resume")
+
+    assert code == 0
+    assert again == compared
+    assert "3/3" not in err
+
+
+@pytest.mark.parametrize("last", ["full-seed1", "local-seed0"])
+def test_compare_looks_at_all_checkpoints_before_its_first_step(
+        last, small, command, library, tmp_path, monkeypatch):
+    path = train.train_lm(Recipe("xl", 7, steps=1), training_texts(library), tmp_path)
+    path.rename(tmp_path / f"lm-{last}.pt")
+    monkeypatch.setattr(train, "train_lm", no_training)
+
+    code, out, err = command(compare.main, "--steps", 3, "--seeds", 2, *small)
+
+    assert (code, out) == (2, "")
+    assert f"lm-{last}.pt is of another training" in err
+
+
+# --- gates ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gates_shown(small, command, figures):
+    """Train gates of the Linear rule at both rates. Returns what is printed."""
+    options = ["--steps", 12, "--rule", "linear", "--seed", 4]
+    code, out, _ = command(gates.main, *options, *small)
+    assert code == 0
+    return out
+
+
+def gates_by_hand(path):
+    """Compute the gates in a checkpoint in float64, (n_layers, n_heads)."""
+    weights = train.read_checkpoint(path)["model"]
+    betas = [weights[f"blocks.{layer}.attention.beta"].double() for layer in (0, 1)]
+    return 1 / (1 + np.exp(-torch.stack(betas).numpy()))
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.003])
+def test_gates_are_trained_at_a_rate_of_their_own_and_at_everyones(
+        rate, gates_shown, tmp_path):
+    path = tmp_path / f"lm-linear-gates-{rate}-seed4.pt"
+    settings = train.read_checkpoint(path)["settings"]
+
+    assert settings["gate_lr"] == rate
+    assert settings["lr"] == 0.003
+    assert (settings["kind"], settings["seed"], settings["steps"]) == ("linear", 4, 12)
+
+
+def test_gates_prints_and_saves_where_they_end(gates_shown, tmp_path):
+    table = r"learning rate of the gates (.+): sigmoid.+\nlayer 1(.+)\nlayer 2(.+)"
+    printed = re.findall(table, gates_shown)
+    header, rows = rows_of(tmp_path / "gates.csv")
+
+    assert [float(rate) for rate, *_ in printed] == [0.01, 0.003]
+    assert header == ["gate_lr", "layer", "head", "gate"]
+    places = [f"{layer} {head}" for _, layer, head, _ in rows]
+    assert places == 2 * ["1 1", "1 2", "2 1", "2 2"]
+    for rate, *lines in printed:
+        ends = gates_by_hand(tmp_path / f"lm-linear-gates-{rate}-seed4.pt").flatten()
+        shown = [float(gate) for gate in " ".join(lines).split()]
+        saved = [float(row[3]) for row in rows if row[0] == rate]
+        assert shown == pytest.approx(ends, abs=6e-4)
+        assert saved == pytest.approx(ends, abs=1e-6)
+
+
+def test_gates_are_drawn_at_the_start_and_at_the_end(figures, gates_shown, tmp_path):
+    start, own, shared, _ = figures[0].axes    # the last one is the bar of colours
+
+    begin = 1 / (1 + np.exp(-np.array([-1.5 - 5.1 / 2, -1.5 + 5.1 / 2])))
+    assert colours_of(start) == pytest.approx([*begin, *begin], abs=1e-6)
+    for axis, rate in [(own, 0.01), (shared, 0.003)]:
+        ends = gates_by_hand(tmp_path / f"lm-linear-gates-{rate}-seed4.pt")
+        assert axis.get_title() == f"at the end, rate {rate}"
+        assert colours_of(axis) == pytest.approx(ends.flatten(), abs=1e-6)
+        assert axis.get_xlabel() == "head"
+    assert start.get_ylabel() == "layer"
+
+
+@pytest.mark.parametrize("own, finding", [(0.2, False), (0.29, False), (0.31, True)])
+def test_the_title_of_gates_says_which_rate_moves_them_further(own, finding):
+    start = torch.tensor([[0.5, 0.5]])
+    moved = {0.01: start + torch.tensor([[own, -own]]), 0.003: start - 0.3}
+
+    title = gates.find_title(start, moved)
+
+    assert ("further from where they began" in title) == finding
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.003])
+def test_gates_looks_at_both_checkpoints_before_its_first_step(
+        rate, small, command, tmp_path, monkeypatch):
+    command(gates.main, "--steps", 2, *small)
+    (tmp_path / f"lm-delta-gates-{0.013 - rate:g}-seed0.pt").unlink()
+    monkeypatch.setattr(train, "train_lm", no_training)
+
+    code, out, err = command(gates.main, "--steps", 3, *small)
+
+    assert (code, out) == (2, "")
+    assert f"lm-delta-gates-{rate}-seed0.pt is of another training" in err
+
+
+# --- plug -----------------------------------------------------------------------------
+
+
+def run_plug(command, small, *options):
+    code, out, err = command(plug.main, "--steps", 25, "--seeds", 2, *small, *options)
+    assert code == 0
+    return out, err
+
+
+def plug_in_by_hand(folder, kind, seed, beta):
+    """Make the copy from which a model goes on."""
+    local = load(folder, "local", seed)
+    if kind == "local":
+        return local
+    config = replace(local.config, attention="infini", update=kind)
+    model = InfiniTransformer(config)
+    model.load_state_dict(local.state_dict(), strict=False)
     with torch.no_grad():
-        model.layer.beta[:] = -200.0                                      # the gate is shut
-    assert torch.equal(model(keys, values, asked), model(keys, (values + 1) % 512, asked))
-    def train_one(rule, d_key, twice, seed, steps):
-        assert steps == 1000
-        first = 100.0 if rule == "linear" else 60.0 + 10 * seed
-        return torch.tensor([[10.0 + d_key] * 6, [first, 100, 80, 60 + seed, 0, 0]])
-    monkeypatch.setattr(recall, "train_one", train_one)
-    code, out, _ = command(recall.main, "--out", tmp_path, "--threads", 1)
-    rows = {line[:22].strip(): line[22:].split() for line in out.splitlines()[1:]}
-    assert code == 0 and len(rows) == 12
-    assert rows["linear 16"] == ["100+-0", "100+-0", "80+-0", "61+-1", "0+-0", "0+-0"]
-    assert rows["delta 128"][0] == "70+-10" and rows["delta 32, replaced"] == ["42+-0"] * 6
-    drawn = rows_of(tmp_path / "recall.csv")[1:]
-    assert len(drawn) == 8 * 6 and drawn[-6] == ["delta, d_key 128", "8.0", "70.0"]
+        for block in model.blocks:
+            block.attention.beta.fill_(beta)
+    return model
 
-# --- sharpness and texts -------------------------------------------------------------------------
-@pytest.mark.parametrize("factors", [{}, dict(q=3), dict(k=3)])
-def test_sharpness_weighs_the_needle_against_a_token_of_hay_for_each_digit(factors):
-    torch.manual_seed(0)
-    model, keys = InfiniTransformer(passkey.model_config(update="linear")), ["9054", "1177"]
-    scaled = copy.deepcopy(model).double()
-    for block in scaled.blocks:
-        block.attention.w_q.weight.data *= factors.get("q", 1)
-        block.attention.w_k.weight.data *= factors.get("k", 1)
-    for n, (i, key) in product((200, 400), enumerate(keys)):
-        halves, task = sharpness.half_lengths(model, n, keys, **factors)[:, :, i], one_key(key)
-        assert halves.shape == (4, 2, 4)
-        first, n_needle = (len(passkey.encode(text)) for text in (passkey.INTRO, task[0]))
-        text = passkey.write_input(task, passkey.write_hay("paper", n // 96 * 4, None), 0)[:-1]
-        start = (first + n_needle + 96) // 32 * 32    # of the hay that counts
-        last, x = start + (n // 96 - 1) * 96, scaled.embedding(text[None])
-        for layer, block in enumerate(scaled.blocks):
-            q, k, _ = (y[0].detach().numpy() for y in block.attention.project(block.norm1(x)))
-            sq, sk = (np.apply_along_axis(o_sigma, -1, y) for y in (q[:, -4:], k))
-            weights = np.einsum("hqd,htd->qht", sq, sk)
-            needle, hay = weights[..., first:first + n_needle], weights[..., start:last]
-            same(halves[:, layer], needle.sum(-1) / hay.mean(-1), 1e-9)
-            x, _ = block(x, None)
 
-def test_sharpness_takes_the_best_head_of_the_worst_digit_and_scales_w_q_and_w_k(
-        tmp_path, monkeypatch, command):
-    models = [save_model(tmp_path / f"{way}.pt", way, 1, update="linear", attention=attention)
-              for way, attention in (("plain", "infini"), ("sharp", "infini"), ("local", "local"))]
-    def half_lengths(model, n, keys, q=1, k=1):
-        assert len({*keys}) == 3 and not any(map(passkey.is_held_out, keys))
-        halves = torch.rand(4, 2, 3, 4)
-        halves[:, 1, :, 3], halves[2, 0, 1, 2], halves[2, 1, 1, 3] = 50 * n, 30 * n, 10 * n
-        return halves * q ** 2 * k ** 3 * infini.sigma(torch.tensor([-3.0])).double()
-    monkeypatch.setattr(sharpness, "half_lengths", half_lengths)
-    options = ["--lengths", "1K,2K", "--keys", 3, "--out", tmp_path, "--threads", 1]
-    assert command(sharpness.main, "--load", *models, *options)[0] == 2    # local has no memory
-    assert command(sharpness.main, "--load", models[0], "--lengths", 512)[0] == 2
-    code, out, _ = command(sharpness.main, "--load", *models[:2], *options)
-    rows = [[float(cell.replace(",", "")) for cell in line[24:].split()]
-            for line in out.splitlines()[2:]]
-    factors, half = np.array(sharpness.FACTORS), 30 * 1.024 * np.exp(-3)
-    curves = half * factors ** 2, half * factors ** 3, half * factors ** 5
-    expected = [half, 2 * half], [half], [half * 0.05078125 / np.exp(-3)], *curves, [half, 2 * half]
-    assert code == 0 and len(rows) == 7
-    for row, values in zip(rows, expected):
-        assert row == pytest.approx(values, rel=1e-3)
-    drawn = [float(row[2]) for row in rows_of(tmp_path / "sharpness.csv")[1:]]
-    same(np.array(drawn) / 1000, np.concatenate(curves), 1e-5)
+@pytest.mark.parametrize("beta", [-30.0, -2.0, 2.0])
+def test_plug_compares_copies_of_one_model_before_and_after(
+        beta, small, command, library, tmp_path, monkeypatch):
+    monkeypatch.setattr(plug, "PLUG_GATE", beta)
+    out, _ = run_plug(command, small)
+    pieces = held_out(library, LENGTH + 1)
 
-def test_texts_differ_from_the_papers_in_one_thing_each(tmp_path, monkeypatch, command):
-    path, asked = save_model(tmp_path / "a.pt", seed=2), []
-    monkeypatch.setattr(passkey, "evaluate", lambda model, tasks, lengths, depths, hay: (
-        asked.append((tasks, lengths, depths, hay)),
-        [passkey.Found(n, depth, 0.25, 0.0) for n in lengths for depth in depths])[1])
-    options = ["--lengths", "1K,8K", "--depths", "0,25", "--keys", 3, "--eval-seed", 7]
-    code, out, _ = command(texts.main, "--load", path, *options, "--out", tmp_path, "--threads", 1)
-    names, end = ["paper", "words", "6-digits", "border", "decoy", "twice"], " is the blue info."
-    assert code == 0 and re.findall(r"^([\w-]+): ", out, re.M) == names
-    keys = passkey.draw_keys(random.Random("evaluation 7"), 3, 4, held_out=True)
-    for name, (tasks, *rest) in zip(names, asked[::2], strict=True):    # others: beyond 32K
-        assert rest == [[1024, 8192], [0, 0.25], "words" if name == "words" else "paper"]
-        assert [answer for _, _, answer in tasks] == keys or name == "6-digits"
-        assert {len(answer) for _, _, answer in tasks} == {6 if name == "6-digits" else 4}
-        for needle, question, key in tasks:
-            decoy = f" {passkey.HAY} The blue info is {key[::-1]}. Find it. {key[::-1]}{end}"
-            assert passkey.is_held_out(key) and question == passkey.QUESTION
-            told = f"The pass key is {key}. Remember it. {key} is the pass key."
-            more = {"border": " Here we go.", "decoy": decoy, "twice": f" {passkey.HAY} {told}"}
-            assert needle == told + more.get(name, "") and len(passkey.encode(needle))
-        text = passkey.INTRO + needle + passkey.HAY * passkey.paragraphs(1024, tasks[0]) + question
-        assert (len(passkey.encode(text)) % 32 == 0) == (name in ("border", "6-digits"))    # at 1K
-        rows = rows_of(tmp_path / f"texts-{name}.csv")
-        assert len(rows) == 1 + 4 and rows[1][:3] == ["short", "delta", "2"]
+    title, header, *lines = out.splitlines()[-5:]
+    assert title == (f"bits per byte on {len(pieces)} held-out pieces of 32 bytes, "
+                     "2 seeds, mean +- standard deviation")
+    assert re.split("  +", header) == ["goes on as", "at the start", "2 steps on",
+                                       "less than local"]
 
-# --- bench ---------------------------------------------------------------------------------------
-def test_bench_divides_what_its_rows_say(tmp_path, monkeypatch, command):
-    monkeypatch.setattr(bench, "SIZES", dict(
-        repeats=1, rows=((1, 40),), paper_tokens=8, parallel_tokens=64, near=64, far=256,
-        new_tokens=2, trained=((3, 64, "infini"), (1, 96, "full")),
-        peer=(("tiny", bench.model_config, (2, 64, 64)), ("paper", bench.paper, (1, 8, 1024)))))
-    monkeypatch.setattr(bench, "peer_of", lambda ours: lambda x: (ours(x)[0] + 2, None))
-    monkeypatch.setattr(bench, "find_spec", lambda name: True)
-    ran, written, forward = [], [], infini.InfiniAttention.forward
-    monkeypatch.setattr(infini.InfiniAttention, "forward", lambda layer, *inputs: (
-        ran.append(layer.config), written.append(inputs[-1] is False), forward(layer, *inputs))[2])
-    def seconds(action):    # not how long it takes, but a number that says what runs
-        ran.clear(), written.clear()
-        action()
-        kind = ran[0].attention if ran and ran[0].attention != "infini" else ran and ran[0].update
-        number = dict(local=2.0, linear=3.0, delta=4.0, full=5.0).get(kind or "", 7.0)
-        return number + 50 * any(written) + (
-            1024 * (ran[0].d_model == 1024) + 100 * (ran[0].form == "recurrent") if ran else 0)
-    monkeypatch.setattr(bench, "medians", lambda repeats, *actions: [*map(seconds, actions)])
-    monkeypatch.setattr(bench, "in_new_process", lambda function, *args: args[-1] + len(str(args)))
-    code, out, err = command(bench.main, "--out", tmp_path, "--threads", 1, "--peer")
-    header, *rows = rows_of(tmp_path / "bench.csv")
-    lines = [line for line in out.splitlines() if "they differ" not in line]
-    assert out.count("they differ by 2\n") == 4
-    assert code == 0 and not err and header == ["what", "first", "second", "unit", "ratio"]
-    found = {what: (float(first), float(second)) for what, first, second, *_ in rows}
-    for pattern, values in {
-            "peak.*1M / 32K": (262, 69), "peak.* 64 tokens, checkpoint=True / infini": (93, 96),
-            "peak.* 96 .*/ full": (125, 126), "training step, small, Linear / local": (3e3, 2e3),
-            "t.*small, Delta": (4e3, 2e3), "t.*paper layer, Linear / local": (1027, 1026),
-            "t.*paper.*Delta": (1028, 1026), "streaming, .*Linear / local": (3e6 / 64, 2e6 / 64),
-            "gen.*Linear / l": (15e5, 1e6), "tr.*speed.*parallel / recurrent": (64 / 3, 64 / 103),
-            "str.* 64 .*full / infini": (5, 4), "tr.*every token.* last": (3e3, 53e3),
-            "tr.* tiny layer, linear, peer": (3e3, 3e3), "tr.* paper layer, delta": (1028e3,) * 2,
-            "rea.*, tiny layer, delta, peer": (4e6 / 64, 4e6 / 64)}.items():
-        assert [x for what, x in found.items() if re.match(pattern, what)] == [
-            pytest.approx(values)], pattern
-    for (what, first, second, _, ratio), line in zip(rows, lines[2:], strict=True):
-        assert float(ratio) == pytest.approx(float(first) / float(second))
-        assert line.startswith(what) and line.split()[-1] == f"{float(ratio):.3g}"
+    local = [bits_of(load(tmp_path, "plug-local", 1000 + seed), pieces).mean()
+             for seed in (0, 1)]
+    table = dict(cells_of(line) for line in lines)
+    assert list(table) == ["local", "linear", "delta"]
+    for kind, cells in table.items():
+        before = []
+        after = []
+        for seed in (0, 1):
+            start = plug_in_by_hand(tmp_path, kind, seed, beta)
+            before.append(bits_of(start, pieces).mean())
+            end = load(tmp_path, f"plug-{kind}", 1000 + seed)
+            after.append(bits_of(end, pieces).mean())
+        assert cells[0] == mean_and_deviation(before)
+        assert cells[1] == mean_and_deviation(after)
+        assert cells[2] == mean_and_deviation(np.subtract(local, after))
 
-def test_bench_needs_the_peer_only_when_it_is_asked_for(monkeypatch, command):
-    monkeypatch.setattr(bench, "find_spec", lambda name: None)
-    code, out, err = command(bench.main, "--peer")
-    assert code == 2 and not out and "pip install infini-transformer" in err.splitlines()[-1]
+    # A memory behind shut gates changes nothing at first.
+    if beta == -30:
+        assert table["linear"][0] == table["delta"][0] == table["local"][0]
+    else:
+        assert table["linear"][0] != table["local"][0]
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems count it in other ways")
-def test_bench_measures_the_peak_of_a_process_alone():
-    here = torch.ones(2 ** 26)    # 256 MB, of which a new process knows nothing
-    peak = bench.peak_memory()
-    del here
-    assert bench.in_new_process(bench.peak_memory) < peak - 128 and bench.peak_memory() > peak - 9
-    resource = importlib.import_module("resource")    # which Windows does not have
-    assert peak < 1.02 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 10
+
+@pytest.mark.parametrize("kind", ["local", "linear", "delta"])
+def test_a_copy_goes_on_at_half_the_rate_on_other_text(kind, small, command, tmp_path):
+    run_plug(command, small)
+    for seed in (0, 1):
+        first = train.read_checkpoint(tmp_path / f"lm-local-seed{seed}.pt")["settings"]
+        then = train.read_checkpoint(tmp_path / f"lm-plug-{kind}-seed{1000 + seed}.pt")
+        changed = dict(steps=2, lr=1.5e-3, seed=1000 + seed, kind=kind)
+
+        assert (first["steps"], first["lr"], first["kind"]) == (25, 3e-3, "local")
+        assert then["settings"] == {**first, **changed}
+        assert kind in (then["config"]["attention"], then["config"]["update"])
+        assert then["config"]["gate_init"] == (-1.5 if kind == "local" else -2.0)
+
+
+def test_plug_saves_and_draws_the_losses_on_the_way(figures, small, command, tmp_path):
+    run_plug(command, small)
+
+    losses = {}
+    for kind in plug.KINDS:
+        for seed in (0, 1):
+            path = tmp_path / f"lm-plug-{kind}-seed{1000 + seed}.pt"
+            nats = train.read_checkpoint(path)["losses"]
+            losses[kind, seed] = np.array(nats) / math.log(2)
+
+    header, rows = rows_of(tmp_path / "plug.csv")
+    assert header == ["kind", "seed", "before", "after", "step", "training_bits_per_byte"]
+    expected = []
+    for (kind, seed), values in losses.items():
+        expected += [[kind, str(seed), "1", values[0]], [kind, str(seed), "2", values[1]]]
+    assert [[row[0], row[1], row[4], float(row[5])] for row in rows] == [
+        [kind, seed, step, pytest.approx(loss)] for kind, seed, step, loss in expected]
+
+    [axis] = figures[0].axes
+    lines = named_lines(axis)
+    assert list(lines) == ["local", "linear", "delta"]
+    for kind, (x, y) in lines.items():
+        each = [losses["local", seed] - losses[kind, seed] for seed in (0, 1)]
+        assert x == [1, 2]
+        assert y == pytest.approx(np.mean(each, axis=0), abs=1e-5)
+        points = points_of(axis, plug.common.COLOUR[kind])
+        assert points == [([1, 2], pytest.approx(gain, abs=1e-5)) for gain in each]
+
+
+def test_losses_are_averaged_over_at_most_20_stretches():
+    steps = torch.stack([torch.arange(1.0, 51), torch.arange(101.0, 151)])
+
+    ends, means = plug.stretch_means(steps)
+
+    assert ends == [*range(3, 50, 3), 50]    # the last stretch is shorter
+    assert means[:, 0].tolist() == [2.0, 102.0]
+    assert means[:, -1].tolist() == [49.5, 149.5]
+
+
+@pytest.mark.parametrize("after, finding", [
+    (dict(linear=[1.9, 2.9], delta=[1.9, 2.9]), True),
+    (dict(linear=[2.1, 2.5], delta=[1.9, 2.9]), False),
+    (dict(linear=[1.9, 2.9], delta=[1.5, 3.1]), False),
+])
+def test_the_title_of_plug_is_a_finding_only_if_all_seeds_agree(after, finding):
+    measured = {}
+    for kind in plug.KINDS:
+        for seed in (0, 1):
+            value = after.get(kind, [2.0, 3.0])[seed]
+            measured[kind, seed] = plug.Measurement(2.0, value, [1.0] * 7)
+
+    title = plug.find_title(measured, range(2))
+
+    assert (title == "A memory that is plugged in helps after 7 steps") == finding
+
+
+def test_plug_goes_on_with_finished_trainings_and_shows_the_same(small, command):
+    out, _ = run_plug(command, small)
+    again, err = run_plug(command, small, "--resume")
+
+    assert again == out
+    assert "2/2" not in err
+
+
+@pytest.mark.parametrize("name", [
+    "local-seed1", "plug-local-seed1001", "plug-delta-seed1000",
+])
+def test_plug_looks_at_all_checkpoints_before_its_first_step(
+        name, small, command, library, tmp_path, monkeypatch):
+    path = train.train_lm(Recipe("delta", 7, steps=1), training_texts(library), tmp_path)
+    path.rename(tmp_path / f"lm-{name}.pt")
+    monkeypatch.setattr(train, "train_lm", no_training)
+
+    code, out, err = command(plug.main, "--steps", 25, "--seeds", 2, *small)
+
+    assert (code, out) == (2, "")
+    assert f"lm-{name}.pt is of another training" in err
+
+
+# --- book -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def models(small, library, tmp_path):
+    """Train two seeds of each kind for a step. Returns {(kind, seed): path}."""
+    texts = training_texts(library)
+    paths = {}
+    for kind in KINDS:
+        for seed in (0, 1):
+            paths[kind, seed] = train.train_lm(Recipe(kind, seed, 1), texts, tmp_path)
+    return paths
+
+
+@pytest.fixture
+def text(tmp_path, monkeypatch):
+    """Put random bytes in the place of the book. Returns all of them."""
+    written = random.Random(0).randbytes(503)
+    (tmp_path / "pydoc_data").mkdir()
+    (tmp_path / "pydoc_data" / "topics.py").write_bytes(written)
+    monkeypatch.setattr(book.os, "__file__", str(tmp_path / "os.py"))
+    monkeypatch.setattr(book, "BYTES", 300)
+    return written
+
+
+def read(command, tmp_path, paths):
+    return command(book.main, "--load", *paths, "--out", tmp_path, "--threads", 1)
+
+
+def some(models, *kinds):
+    return [path for (kind, _), path in models.items() if kind in kinds]
+
+
+def book_by_hand(models, text):
+    """Read 296 bytes, which are whole segments. Returns {name: (seeds, 37)}."""
+    pieces = torch.tensor([list(text[:297])])
+    costs = {}
+    for (kind, _), path in models.items():
+        if kind == "full":
+            continue
+        model, _ = train.load_model(path)
+        costs.setdefault(kind, []).append(segment_means(bits_of(model, pieces)))
+        if kind in RULES:
+            forgetful = segment_means(bits_alone(model, pieces))
+            costs.setdefault(f"{kind} forgets", []).append(forgetful)
+    return {name: np.array(each) for name, each in costs.items()}
+
+
+NAMES = ["local", "xl", "linear", "linear forgets", "delta", "delta forgets"]
+STRETCHES = {8: slice(0, 1), 32: slice(1, 4), 128: slice(4, 16), 296: slice(16, 37)}
+
+
+def by_stretch(costs):
+    """Average (seeds, 37) over the stretches. Returns (seeds, 4)."""
+    return np.stack([costs[:, part].mean(1) for part in STRETCHES.values()], axis=1)
+
+
+def test_book_prints_the_costs_by_position_and_the_gain_in_all(
+        models, text, command, tmp_path):
+    code, out, _ = read(command, tmp_path, some(models, "local", "xl", *RULES))
+    costs = book_by_hand(models, text)
+
+    title, header, *lines = out.splitlines()
+    assert code == 0
+    assert title == "297 bytes, 2 seeds; bits per byte up to byte"
+    assert header.split() == ["8", "32", "128", "296"]
+    for name in NAMES:
+        line = lines.pop(0)
+        shown = [float(cell) for cell in line[16:].split()]
+        assert line[:16].strip() == name
+        assert shown == pytest.approx(by_stretch(costs[name]).mean(0), abs=6e-4)
+        if name != "local":
+            words, cell = lines.pop(0).split(": ")
+            gain = (costs["local"] - costs[name]).mean(1)
+            assert words == "    less than local"
+            assert cells_of(f"- {cell}")[1] == [mean_and_deviation(gain)]
+    assert lines == []
+
+
+def test_book_saves_and_draws_each_seed(figures, models, text, command, tmp_path):
+    read(command, tmp_path, some(models, "local", "xl", *RULES))
+    costs = book_by_hand(models, text)
+
+    header, rows = rows_of(tmp_path / "book.csv")
+    assert header == ["kind", "seed", "up_to_byte", "bits_per_byte"]
+    expected = []
+    for name in NAMES:
+        for seed, values in enumerate(by_stretch(costs[name])):
+            for end, cost in zip(STRETCHES, values, strict=True):
+                expected.append([name, str(seed), str(end), pytest.approx(cost, rel=1e-5)])
+    assert [[*row[:3], float(row[3])] for row in rows] == expected
+
+    [axis] = figures[0].axes
+    lines = named_lines(axis)
+    assert list(lines) == NAMES
+    for name, (x, y) in lines.items():
+        gain = by_stretch(costs["local"] - costs[name])
+        assert x == list(STRETCHES)
+        assert y == pytest.approx(gain.mean(0), abs=1e-5)
+    gain = by_stretch(costs["local"] - costs["xl"])
+    assert points_of(axis, book.common.COLOUR["xl"]) == [
+        (list(STRETCHES), pytest.approx(values, abs=1e-5)) for values in gain]
+
+
+def test_book_shows_the_same_whatever_the_order_of_the_files(
+        models, text, command, tmp_path):
+    paths = some(models, "local", "delta")
+    again = [*paths[::-1]]
+
+    assert read(command, tmp_path, paths)[1] == read(command, tmp_path, again)[1]
+
+
+def test_book_takes_files_from_several_load_options(models, text, command, tmp_path):
+    one, two = some(models, "local")
+
+    code, out, _ = command(book.main, "--load", one, "--load", two, "--out", tmp_path,
+                           "--threads", 1)
+
+    assert code == 0
+    assert "2 seeds" in out
+
+
+def test_book_refuses_models_that_it_cant_compare_before_it_reads(
+        models, command, tmp_path, monkeypatch):
+    def read_nothing(N):
+        raise AssertionError("this must be refused before the book is read")
+
+    monkeypatch.setattr(book, "read_book", read_nothing)
+    local = some(models, "local")
+    delta = some(models, "delta")
+    copy = tmp_path / "copy.pt"
+    copy.write_bytes(delta[0].read_bytes())
+    words = train.Path(train.__file__).with_name("assets") / "passkey-delta.pt"
+
+    for paths, reason in [
+        (delta, "needs a local model of seed 0"),
+        ([local[0], *delta], "needs a local model of seed 1"),
+        ([*local, delta[1]], "needs a delta model of seed 0"),
+        ([*local, *delta, copy], "are both delta, seed 0"),
+        ([*local, *some(models, "full")], "of kind full"),
+        ([*local, words], "is not a language model"),
+        ([tmp_path / "nothing.pt"], "No such file"),
+    ]:
+        code, out, err = read(command, tmp_path, paths)
+        assert (code, out) == (2, "")
+        assert err.count("\n") == 1
+        assert reason in err
+
+
+def test_book_refuses_segments_of_two_lengths_before_it_reads(
+        models, command, library, tmp_path, monkeypatch):
+    monkeypatch.setattr(book, "read_book", None)
+    monkeypatch.setattr(train, "SIZES", {**SIZES, "segment_len": 16})
+    recipe = Recipe("linear", 0, steps=1)
+    other = train.train_lm(recipe, training_texts(library), tmp_path / "other")
+
+    code, _, err = read(command, tmp_path, [models["local", 0], other])
+
+    assert code == 2
+    assert err == "error: segments must be of one length, not of [8, 16] bytes\n"
+
+
+@pytest.mark.parametrize("gains, finding", [
+    (dict(linear=[0.1, 0.2]), True),
+    (dict(linear=[0.1, 0.2], delta=[0.3, 0.1]), True),
+    (dict(linear=[0.1, 0.2], delta=[0.3, -0.1]), False),
+    (dict(linear=[-0.1, 0.9], delta=[0.3, 0.1]), False),
+    (dict(xl=[0.1, 0.2]), False),
+])
+def test_the_title_of_book_is_a_finding_only_if_all_seeds_gain_at_its_end(gains, finding):
+    by_position = {"local": torch.zeros(2, 3)}
+    for name, last in gains.items():
+        by_position[name] = torch.tensor([[-1.0, 0.0, last[0]], [0.0, -1.0, last[1]]])
+
+    assert book.find_title(by_position).startswith("The memory still helps") == finding
+
+
+def test_the_book_is_half_a_million_bytes_that_training_leaves_out():
+    text = book.read_book(128)
+
+    assert len(text) == 2 ** 19 + 1
+    assert b"assert" in bytes(text.tolist())
+    assert not [file for file in train.standard_library() if file.name == "topics.py"]
+
+
+# --- sample ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def path(models):
+    return models["delta", 0]
+
+
+def continue_text(command, path, *options):
+    code, out, _ = command(sample.main, "--load", path, "--prompt", "(x) é ", "--bytes", 30,
+                           *options)
+    assert code == 0
+    return out
+
+
+@pytest.mark.parametrize("options", [["--temperature", 0], ["--top-p", 1e-9]])
+def test_sample_takes_the_likeliest_byte_if_told_so(options, path, command):
+    model, _ = train.load_model(path)
+    text = list("(x) é ".encode())
+    for _ in range(30):
+        logits, _ = model(torch.tensor([text]))
+        text.append(logits[0, -1].argmax().item())
+
+    shown = continue_text(command, path, *options)
+
+    assert shown == bytes(text).decode(errors="replace") + "\n"
+
+
+def test_each_option_of_sample_counts(path, command):
+    first = continue_text(command, path)
+    again = continue_text(command, path, "--seed", 0, "--temperature", 0.8, "--top-p", 0.95)
+    others = [
+        continue_text(command, path, "--seed", 1),
+        continue_text(command, path, "--temperature", 0.1),
+        continue_text(command, path, "--top-p", 0.1),
+        continue_text(command, path, "--bytes", 29),
+    ]
+
+    assert first == again
+    assert len({first, *others}) == 5
+
+
+def test_sample_draws_a_byte_only_when_the_one_before_was_shown(path, monkeypatch):
+    calls = []
+
+    def noted_stream(model, tokens, state):
+        calls.append(tokens.tolist())
+        return train_stream(model, tokens, state)
+
+    train_stream = sample.stream
+    monkeypatch.setattr(sample, "stream", noted_stream)
+    model, _ = train.load_model(path)
+
+    drawn = sample.draw_bytes(model, b"ab", 5, 1.0, 1.0, None)
+    first = next(drawn)
+    assert calls == [[[97, 98]]]
+    next(drawn)
+    assert calls == [[[97, 98]], [[first]]]    # and the text is not read again
+
+
+def test_sample_shows_a_character_when_all_its_bytes_are_there(path, command, monkeypatch):
+    def bytes_of_characters(*_):
+        yield from "é€".encode() + b"\xff" + "€".encode()[:2]
+
+    monkeypatch.setattr(sample, "draw_bytes", bytes_of_characters)
+
+    assert continue_text(command, path) == "(x) é é€\ufffd\ufffd\n"
+
+
+@pytest.mark.parametrize("options", [
+    ["--prompt", ""], ["--bytes", 0], ["--top-p", 1.1], ["--top-p", 0], ["--top-p", "nan"],
+    ["--temperature", -1], ["--temperature", "nan"], ["--temperature", "0,8"],
+    ["--seed", -1], ["--device", "abacus"], ["--load", "another.pt"], ["--load="],
+])
+def test_sample_refuses_a_wrong_option_by_its_name(options, path, command):
+    code, _, err = command(sample.main, "--load", path, *options)
+
+    name = options[0].strip("-=").replace("-", "[-_]")
+    assert code == 2
+    assert re.search(name, err.splitlines()[-1])
+    assert "Traceback" not in err
+
+
+def test_sample_refuses_a_model_of_words(command):
+    words = train.Path(train.__file__).with_name("assets") / "passkey-delta.pt"
+
+    code, out, err = command(sample.main, "--load", words)
+
+    assert (code, out) == (2, "")
+    assert err == f"error: {words} is not a model of bytes\n"

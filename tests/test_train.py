@@ -1,397 +1,1112 @@
-"""The claims about train.py: the loop, checkpoints, the language model and the command."""
-import copy
+"""The claims about train.py: text, optimizer, checkpoints, the loop and the language model.
+
+Nearly all of them train a toy, a model of a few numbers, for a few steps.
+"""
+
 import math
 import multiprocessing
 import os
 import random
-import shutil
 import signal
+import subprocess
+import sys
 import sysconfig
-import threading
-import time
-from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from unittest.mock import Mock
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 import train
-from test_infini import KINDS, SMALL, make, same, tokens_of
+from infini import InfiniConfig, InfiniTransformer
+from train import KINDS, Recipe, read_checkpoint, read_documents
 
-TINY = ["--steps", 2, "--segment-len", 8, "--n-layers", 1, "--d-model", 16]    # 128 bytes per step
+# Sizes that differ from one another, so that no two axes can be taken for each other.
+TOY = InfiniConfig(vocab_size=256, d_model=12, n_layers=2, n_heads=3, d_key=4, d_value=6,
+                   d_ff=20, segment_len=5, gate_init=-1.0, gate_spread=2.0)
+
+each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+# --- Helpers --------------------------------------------------------------------------
+
+
+def make_toy(kind="delta", dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    return InfiniTransformer(replace(TOY, **KINDS[kind])).to(dtype)
+
+
+def draw_tokens(B, T, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(TOY.vocab_size, (B, T), generator=generator)
+
 
 def toy_loss(model, step):
-    tokens = tokens_of(2, 13, seed=step)
-    loss = F.cross_entropy(model(tokens[:, :-1])[0].mT, tokens[:, 1:])
+    tokens = draw_tokens(2, 13, seed=step)
+    logits, _ = model(tokens[:, :-1])
+    loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
     return loss, 24, {"shown": 1.0}
 
+
+def gate_loss(model, step):
+    """A loss of the betas alone, so that many steps take little time."""
+    betas = [block.attention.beta for block in model.blocks]
+    return torch.stack(betas).sum(), 1, {}
+
+
 def train_toy(path, steps=7, loss_of=toy_loss, model=None, **other):
-    model = model or make(dtype=torch.float32)
-    options = dict(lr=0.01, gate_lr=0.1, warmup=2, save_every=2, settings=dict(seed=0))
-    return model, train.train(model, loss_of, steps, path, **{**options, **other})
+    """Train a toy. Returns it and the losses."""
+    if model is None:
+        model = make_toy()
+    settings = dict(lr=0.01, gate_lr=0.1, seed=0)
+    losses = train.train(model, loss_of, steps, path, **{**settings, **other})
+    return model, losses
 
-def equal(model, other):
-    return all(torch.equal(p, other.state_dict()[name]) for name, p in model.state_dict().items())
 
-# --- Optimizer and loop --------------------------------------------------------------------------
-def test_each_parameter_is_in_one_group_and_training_is_adam_with_clip_and_schedule(tmp_path):
-    model = torch.nn.ParameterDict({name: torch.ones(shape) for name, shape in dict(
-        beta=(3, 2), alphabeta=(2, 2), cube=(2, 3, 4), gain=(3,), scale=()).items()})
-    model.deep = torch.nn.ParameterDict(dict(beta=torch.ones(3), weight=torch.ones(2, 2)))
-    names = {p: name for name, p in model.named_parameters()}
-    groups = {(group["peak"], group["weight_decay"]): sorted(names[p] for p in group["params"])
-              for group in train.make_optimizer(model, 0.1, 0.2, 0.3).param_groups}
-    assert groups == {(0.1, 0.3): ["alphabeta", "cube", "deep.weight"],
-                      (0.1, 0): ["gain", "scale"], (0.2, 0): ["beta", "deep.beta"]}
-    def loss_of(model, step):    # the gradient is longer than 1 in every second step only
-        loss, *rest = toy_loss(model, step)
-        return loss * (50 if step % 2 else 0.01), *rest
-    by_hand = make()
-    adam = torch.optim.AdamW([dict(params=[p], gate=name.endswith("beta"), weight_decay=0.2 * (
-        p.dim() == 2)) for name, p in by_hand.named_parameters()], betas=(0.9, 0.98))
-    for t in range(7):
-        slopes = torch.autograd.grad(loss_of(by_hand, t)[0], by_hand.parameters())
+class Stopped(Exception):
+    """Raised where a training stops that is not to end."""
+
+
+def stop_at(last):
+    """Make the toy's loss, and stop at this step."""
+    def loss_of(model, step):
+        if step == last:
+            raise Stopped
+        return toy_loss(model, step)
+
+    return loss_of
+
+
+def stop_toy(path, last, **other):
+    with pytest.raises(Stopped):
+        train_toy(path, loss_of=stop_at(last), **other)
+
+
+def never(model, step):
+    pytest.fail("a training began")
+
+
+def copy_of(model):
+    return {name: weight.clone() for name, weight in model.state_dict().items()}
+
+
+def same_weights(weights, other):
+    names = weights.keys() == other.keys()
+    return names and all(torch.equal(weights[name], other[name]) for name in weights)
+
+
+def assert_same_training(path, other):
+    """Require two checkpoints to be of one training, bit for bit."""
+    one = read_checkpoint(path)
+    two = read_checkpoint(other)
+    assert one["losses"] == two["losses"]
+    assert one["config"] == two["config"]
+    assert one["settings"] == two["settings"]
+    assert same_weights(one["model"], two["model"])
+
+    assert len(one["gates"]) == len(two["gates"])
+    for gates, others in zip(one["gates"], two["gates"], strict=True):
+        assert torch.equal(gates, others)
+
+
+def bits_of_bytes(model, tokens):
+    """The bits of each byte but the first, from probabilities in float64. (B, T - 1)."""
+    logits, _ = model(tokens[:, :-1])
+    p = logits.detach().double().softmax(-1)
+    p = p.gather(-1, tokens[:, 1:].unsqueeze(-1)).squeeze(-1)
+    return -p.log2()
+
+
+def bytes_of(documents):
+    return [bytes(document.numpy()) for document in documents]
+
+
+@pytest.fixture
+def saved_often(monkeypatch):
+    monkeypatch.setattr(train, "SAVE_EVERY", 2)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Let the language model have 16 numbers per byte, and read 128 bytes per step."""
+    monkeypatch.setitem(train.SIZES, "d_model", 16)
+    monkeypatch.setitem(train.SIZES, "d_ff", 32)
+    monkeypatch.setitem(train.SIZES, "segment_len", 8)
+
+
+# --- Text -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def library():
+    """Read the standard library by train.py. Returns texts to train on, and held out."""
+    training, held_out = read_documents()
+    return bytes_of(training), bytes_of(held_out)
+
+
+@pytest.fixture(scope="module")
+def library_by_hand():
+    """Read it in another way. Returns its texts in the order of their files' names."""
+    left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages",
+                "encodings", "topics.py"}
+    root = Path(sysconfig.get_paths()["stdlib"])
+    texts = []
+    for file in sorted(root.rglob("*.py")):
+        if left_out & set(file.relative_to(root).parts):
+            continue
+        text = file.read_bytes()
+        if text and b"\0" not in text and text not in texts:
+            texts.append(text)
+    return texts
+
+
+def test_the_text_is_the_source_of_the_standard_library_without_tests_and_tables(
+        library, library_by_hand):
+    training, held_out = library
+
+    assert sorted(training + held_out) == sorted(library_by_hand)
+    assert len(held_out) == len(library_by_hand) // 10
+
+
+def test_what_is_held_out_is_spread_over_the_library(library, library_by_hand):
+    _, held_out = library
+
+    place_of = {text: i / len(library_by_hand) for i, text in enumerate(library_by_hand)}
+    places = torch.tensor([place_of[text] for text in held_out])
+    in_each_quarter = places.histc(4, 0, 1)
+    assert in_each_quarter.min() > len(held_out) / 10
+
+
+def test_a_tenth_of_the_texts_is_held_out_and_every_text_is_in_one_part(folder):
+    training, held_out = read_documents(folder)
+
+    assert len(held_out) == 2
+    found = sorted(len(document) for document in training + held_out)
+    assert found == list(range(100, 4000, 200))
+
+
+@pytest.mark.parametrize("n, n_held_out", [(2, 1), (9, 1), (19, 1), (20, 2)])
+def test_at_least_one_text_is_held_out(n, n_held_out, tmp_path):
+    for i in range(n):
+        (tmp_path / f"{i}.txt").write_text(f"text {i}")
+
+    training, held_out = read_documents(tmp_path)
+
+    assert (len(training), len(held_out)) == (n - n_held_out, n_held_out)
+
+
+def test_the_order_of_the_file_system_does_not_matter(folder, monkeypatch):
+    expected = [bytes_of(part) for part in read_documents(folder)]
+    rglob = Path.rglob
+
+    def rglob_backwards(root, pattern):
+        return sorted(rglob(root, pattern), reverse=True)
+
+    monkeypatch.setattr(Path, "rglob", rglob_backwards)
+    found = [bytes_of(part) for part in read_documents(folder)]
+
+    assert found == expected
+
+
+@pytest.mark.parametrize("name, content", [
+    (".hidden.txt", b"text"),
+    (".hidden/a.txt", b"text"),
+    ("deep/.hidden/deeper/a.txt", b"text"),
+    ("binary.txt", b"te\0xt"),
+    ("empty.txt", b""),
+    ("copy.txt", bytes([40]) * 100),    # of the fixture's first text
+])
+def test_hidden_and_binary_files_copies_and_empty_texts_are_left_out(name, content, folder):
+    expected = sorted(bytes_of(sum(read_documents(folder), [])))
+
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(content)
+    found = sorted(bytes_of(sum(read_documents(folder), [])))
+
+    assert found == expected
+
+
+def test_a_folder_in_a_hidden_one_is_not_hidden(folder):
+    hidden = folder.rename(folder.with_name(".text"))
+
+    assert len(sum(read_documents(hidden), [])) == 20
+
+
+def test_texts_of_less_than_the_shortest_length_are_left_out_of_both_parts(folder):
+    training, held_out = read_documents(folder)
+    lengths = [len(document) for document in training]
+    held_out_lengths = [len(document) for document in held_out]
+    shortest = sorted(held_out_lengths)[1]
+
+    training, held_out = read_documents(folder, shortest)
+    assert [len(d) for d in training] == [n for n in lengths if n >= shortest]
+    assert [len(d) for d in held_out] == [shortest]
+
+    with pytest.raises(ValueError, match="has too few texts of"):
+        read_documents(folder, shortest + 1)
+
+
+def test_of_a_single_text_the_last_tenth_is_held_out(tmp_path):
+    text = bytes(range(1, 101)) * 10
+    (tmp_path / "book.txt").write_bytes(text)
+
+    for root in (tmp_path, tmp_path / "book.txt"):
+        training, held_out = read_documents(root)
+        assert bytes_of(training) == [text[:900]]
+        assert bytes_of(held_out) == [text[900:]]
+
+
+def test_too_little_text_is_an_error_that_names_the_folder_and_the_length(tmp_path):
+    (tmp_path / "book.txt").write_bytes(b"text" * 1000)
+
+    with pytest.raises(ValueError, match=r"book.txt has too few texts of 1,024 bytes"):
+        read_documents(tmp_path / "book.txt", shortest=1024)    # 400 are held out
+
+
+def test_each_place_in_the_text_is_equally_likely_to_be_drawn():
+    documents = [torch.arange(10), torch.arange(100, 150), torch.arange(5)]
+
+    drawn = train.draw_sequences(documents, 8000, 10, random.Random(0))
+
+    assert torch.equal(drawn, drawn[:, :1] + torch.arange(10))    # never across a border
+    places, counts = drawn[:, 0].unique(return_counts=True)
+    assert places.tolist() == [0, *range(100, 141)]
+    assert (counts * 42 / 8000 - 1).abs().max() < 0.3
+
+
+def test_validation_pieces_do_not_overlap_and_are_whole():
+    documents = [torch.arange(i, i + 70, dtype=torch.uint8) for i in (0, 70, 140)]
+
+    pieces = train.validation_pieces(documents, 20)
+
+    assert torch.equal(pieces, pieces[:, :1] + torch.arange(20))
+    assert pieces[:, 0].tolist() == [0, 20, 40, 70, 90, 110, 140, 160, 180]
+
+
+@pytest.mark.parametrize("most, starts", [
+    (9, [0, 20, 40, 70, 90, 110, 140, 160, 180]),
+    (8, [0, 40, 90, 140, 180]),
+    (5, [0, 40, 90, 140, 180]),
+    (4, [0, 70, 140]),
+])
+def test_at_most_so_many_pieces_are_spread_evenly(most, starts):
+    documents = [torch.arange(i, i + 70, dtype=torch.uint8) for i in (0, 70, 140)]
+
+    pieces = train.validation_pieces(documents, 20, most)
+
+    assert pieces[:, 0].tolist() == starts
+
+
+def test_a_hundred_pieces_are_enough():
+    documents = [torch.zeros(250, dtype=torch.uint8), torch.zeros(251, dtype=torch.uint8)]
+
+    assert len(train.validation_pieces(documents[:1], 2)) == 63    # every other one of 125
+    assert len(train.validation_pieces([documents[0][:200]], 2)) == 100
+
+
+# --- Optimizer ------------------------------------------------------------------------
+
+
+def names_in_groups(model, optimizer):
+    """Return {peak rate: names of the parameters that have it}."""
+    name_of = {parameter: name for name, parameter in model.named_parameters()}
+    groups = {}
+    for group in optimizer.param_groups:
+        groups[group["peak"]] = sorted(name_of[parameter] for parameter in group["params"])
+    return groups
+
+
+def test_gates_are_in_a_group_of_their_own_and_nothing_has_weight_decay():
+    model = torch.nn.ParameterDict({
+        "beta": torch.ones(3, 2),
+        "alphabeta": torch.ones(2),
+        "weight": torch.ones(2, 2),
+        "deep": torch.nn.ParameterDict({"beta": torch.ones(3), "gain": torch.ones(3)}),
+    })
+
+    optimizer = train.make_optimizer(model, lr=0.1, gate_lr=0.2)
+
+    assert names_in_groups(model, optimizer) == {
+        0.1: ["alphabeta", "deep.gain", "weight"],
+        0.2: ["beta", "deep.beta"],
+    }
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0, 0]
+
+
+def test_a_model_without_gates_has_one_group():
+    model = make_toy("local")
+
+    optimizer = train.make_optimizer(model, lr=0.1, gate_lr=0.2)
+
+    assert list(names_in_groups(model, optimizer)) == [0.1]
+
+
+@pytest.mark.parametrize("step, share", [
+    (0, 1 / 4),
+    (2, 3 / 4 * (0.2 + 0.8 * (1 + math.cos(0.2 * math.pi)) / 2)),
+    (3, 0.2 + 0.8 * (1 + math.cos(0.3 * math.pi)) / 2),
+    (5, 0.6),
+    (10, 0.2),
+])
+def test_the_rate_rises_linearly_and_then_falls_by_half_a_cosine(step, share):
+    assert train.schedule(step, 10, warmup=4, final=0.2) == pytest.approx(share)
+
+
+def test_unless_told_otherwise_the_rate_rises_for_50_steps_and_falls_to_a_tenth():
+    assert train.schedule(0, 10 ** 9) == pytest.approx(0.02)
+    assert train.schedule(48, 10 ** 9) == pytest.approx(0.98)
+    assert train.schedule(49, 10 ** 9) == pytest.approx(1.0)
+    assert train.schedule(1000, 1000) == pytest.approx(0.1)
+
+
+def long_and_short_loss(model, step):
+    """Make a loss whose gradient is longer than 1 in every other step only."""
+    loss, n_tokens, numbers = toy_loss(model, step)
+    factor = 50 if step % 2 else 0.01
+    return factor * loss, n_tokens, numbers
+
+
+def adam_by_hand(model, steps):
+    """Train by Adam's equations, with gradients of at most 1 and rates of a schedule."""
+    parameters = dict(model.named_parameters())
+    first = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    second = {name: torch.zeros_like(p) for name, p in parameters.items()}
+
+    for t in range(steps):
+        loss, _, _ = long_and_short_loss(model, t)
+        slopes = torch.autograd.grad(loss, list(parameters.values()))
         length = math.sqrt(sum((slope ** 2).sum().item() for slope in slopes))
         assert (length > 1) == (t % 2 == 1)
-        share = min(1, (t + 1) / 3) * (0.55 + 0.45 * math.cos(math.pi * t / 7))
-        for group, slope in zip(adam.param_groups, slopes):
-            group["params"][0].grad = slope / max(1, length)
-            group["lr"] = share * (0.1 if group["gate"] else 0.01)
-        adam.step()
-    model, _ = train_toy(tmp_path / "new/a", 7, loss_of, make(), weight_decay=0.2, warmup=3)
-    for p, q in zip(model.parameters(), by_hand.parameters()):
-        same(p, q, 1e-5)
 
-@pytest.mark.parametrize("broken", [lambda loss: loss * math.nan, lambda loss: loss + math.inf,
-                                    lambda loss: loss + (loss - loss.detach()).sqrt()])
-def test_no_step_is_taken_with_a_loss_or_a_gradient_that_is_not_finite(broken, tmp_path):
-    def loss_of(model, step):
-        loss, *rest = toy_loss(model, step)
-        seen.append(copy.deepcopy(model))
-        return broken(loss) if step == 5 else loss, *rest
-    model, seen = make(dtype=torch.float32), []
-    with pytest.raises(ValueError, match="loss was .*, its gradient .* at step 6"):
-        train_toy(tmp_path / "a.pt", loss_of=loss_of, model=model, save_every=5)
-    assert equal(model, seen[5]) and equal(model, train.load_model(tmp_path / "a.pt")[0])
+        share = min(1, (t + 1) / 50) * (0.55 + 0.45 * math.cos(math.pi * t / steps))
+        for (name, p), slope in zip(parameters.items(), slopes, strict=True):
+            slope = slope / max(1, length)
+            first[name] = 0.9 * first[name] + 0.1 * slope
+            second[name] = 0.98 * second[name] + 0.02 * slope ** 2
+            mean = first[name] / (1 - 0.9 ** (t + 1))
+            square = second[name] / (1 - 0.98 ** (t + 1))
+            rate = 0.1 if name.endswith("beta") else 0.01
+            p.data -= share * rate * mean / (square.sqrt() + 1e-8)
 
-# --- Stopped and resumed -------------------------------------------------------------------------
-@pytest.mark.parametrize("at, presses, saved", [(0, 1, 1), (4, 1, 5), (6, 1, 7), (5, 2, 4)])
-def test_a_training_stopped_by_ctrl_c_and_resumed_ends_as_one_that_was_not_stopped(
-        at, presses, saved, tmp_path, capfd, monkeypatch):
-    gates, steps, before = [], [], signal.getsignal(signal.SIGINT)
-    with ThreadPoolExecutor(1) as pool:    # where no Ctrl-C can be caught
-        whole, losses = pool.submit(train_toy, tmp_path / "whole.pt", loss_of=lambda *at: (
-            gates.append(at[0].gates()) or toy_loss(*at))).result()
+
+def test_training_is_adam_with_clip_and_schedule(tmp_path):
+    expected = make_toy(dtype=torch.float64)
+    adam_by_hand(expected, steps=60)
+
+    model = make_toy(dtype=torch.float64)
+    train_toy(tmp_path / "a.pt", 60, long_and_short_loss, model)
+
+    for p, q in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_is_by_a_share_of_each_peak_rate_and_returns_the_loss():
+    model = make_toy()
+    optimizer = train.make_optimizer(model, lr=0.01, gate_lr=0.1)
+    before = copy_of(model)
+    loss, _, _ = toy_loss(model, 0)
+
+    found = train.take_step(model, optimizer, loss, share=0.5)
+
+    assert found == loss.item()
+    for name, p in model.named_parameters():    # Adam's first step is as long as its rate
+        rate = 0.05 if name.endswith("beta") else 0.005
+        moved = (p.detach() - before[name]).abs().max().item()
+        assert moved == pytest.approx(rate, rel=0.01)
+
+
+@pytest.mark.parametrize("clip", [0.25, 1e9])
+def test_a_gradient_is_cut_to_the_length_of_clip(clip):
+    model = make_toy()
+    optimizer = train.make_optimizer(model, lr=0.01, gate_lr=0.1)
+    loss, _, _ = toy_loss(model, 0)
+    slopes = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+    length = torch.cat([slope.flatten() for slope in slopes]).norm().item()
+
+    train.take_step(model, optimizer, loss, clip=clip)
+
+    left = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
+    assert left == pytest.approx(min(length, clip), rel=1e-4)
+
+
+def nan_loss(loss):
+    return loss * math.nan
+
+
+def infinite_loss(loss):
+    return loss + math.inf
+
+
+def infinite_gradient(loss):
+    return loss + (loss - loss.detach()).sqrt()    # the root's slope at 0
+
+
+each_broken = pytest.mark.parametrize(
+    "broken", [nan_loss, infinite_loss, infinite_gradient])
+
+
+@each_broken
+def test_a_loss_or_a_gradient_that_is_not_finite_changes_no_weight(broken):
+    model = make_toy()
+    optimizer = train.make_optimizer(model, lr=0.01, gate_lr=0.1)
+    before = copy_of(model)
+    loss, _, _ = toy_loss(model, 0)
+
+    with pytest.raises(ValueError, match="the loss is .*, its gradient .* long"):
+        train.take_step(model, optimizer, broken(loss))
+
+    assert same_weights(model.state_dict(), before)
+
+
+@each_broken
+def test_a_training_whose_loss_or_gradient_is_not_finite_stops(broken, saved_often, tmp_path):
     def loss_of(model, step):
-        for _ in range(presses * (step == at)):
+        loss, n_tokens, numbers = toy_loss(model, step)
+        if step == 5:
+            loss = broken(loss)
+        return loss, n_tokens, numbers
+
+    with pytest.raises(ValueError, match="the loss is"):
+        train_toy(tmp_path / "a.pt", loss_of=loss_of)
+
+    assert len(read_checkpoint(tmp_path / "a.pt")["losses"]) == 4
+
+
+# --- Checkpoints ----------------------------------------------------------------------
+
+
+@each_kind
+def test_a_checkpoint_holds_the_model_its_settings_and_the_loss_of_every_step(kind, tmp_path):
+    path = tmp_path / "new" / "folder" / "a.pt"
+    model, losses = train_toy(path, model=make_toy(kind), text="abc")
+
+    loaded, settings = train.load_model(path)
+
+    assert loaded.config == model.config
+    assert same_weights(loaded.state_dict(), model.state_dict())
+    assert not loaded.training
+    assert settings == dict(steps=7, lr=0.01, gate_lr=0.1, seed=0, text="abc")
+    assert read_checkpoint(path)["losses"] == losses
+    assert len(losses) == 7
+
+
+@pytest.mark.parametrize("steps, every", [(7, 1), (100, 1), (101, 2)])
+def test_a_checkpoint_holds_the_gates_at_up_to_a_hundred_steps(steps, every, tmp_path):
+    gates = []
+
+    def loss_of(model, step):
+        gates.append(model.gates())
+        return gate_loss(model, step)
+
+    model, _ = train_toy(tmp_path / "a.pt", steps, loss_of)
+
+    gates.append(model.gates())    # after so many steps
+    found = read_checkpoint(tmp_path / "a.pt")["gates"]
+    assert torch.equal(torch.stack(found), torch.stack(gates)[every::every])
+
+
+def test_a_checkpoint_is_saved_every_100_steps_and_at_the_end(tmp_path):
+    path = tmp_path / "a.pt"
+    saved = []
+
+    def loss_of(model, step):
+        if path.exists():
+            saved.append(len(read_checkpoint(path)["losses"]))
+        return gate_loss(model, step)
+
+    train_toy(path, 102, loss_of)
+
+    assert saved == [100, 100]
+    assert len(read_checkpoint(path)["losses"]) == 102
+
+
+def test_a_link_stays_a_link(saved_often, tmp_path):
+    (tmp_path / "link.pt").symlink_to("file.pt")
+
+    train_toy(tmp_path / "link.pt")
+
+    assert (tmp_path / "link.pt").is_symlink()
+    assert len(read_checkpoint(tmp_path / "file.pt")["losses"]) == 7
+
+
+@contextmanager
+def no_file_longer_than(n_bytes):
+    """Let a write beyond so many bytes fail, as on a full disk."""
+    resource = pytest.importorskip("resource", reason="Windows has no such limit")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_old_checkpoint_whole(tmp_path, command):
+    path = tmp_path / "a.pt"
+
+    def main():
+        train_toy(path)
+
+    assert command(main)[0] == 0
+    before = path.read_bytes()
+    with no_file_longer_than(len(before) // 2):
+        code, _, err = command(main)
+
+    *_, last = err.splitlines()
+    assert code == 2
+    assert last.startswith("error: ") and "File too large" in last
+    assert path.read_bytes() == before
+
+
+class Harmful:
+    """Makes a folder when it is read, if code in a pickle is run."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+@pytest.mark.parametrize("place", ["everything", "config", "settings", "model", "losses"])
+def test_no_code_in_a_checkpoint_is_ever_run(place, tmp_path):
+    train_toy(tmp_path / "a.pt", 1)
+    content = read_checkpoint(tmp_path / "a.pt")
+    content[place] = Harmful(tmp_path / "ran")
+    if place == "everything":
+        content = content[place]
+    torch.save(content, tmp_path / "a.pt")
+
+    with pytest.raises(ValueError, match="no checkpoint"):
+        train.load_model(tmp_path / "a.pt")
+
+    assert not (tmp_path / "ran").exists()
+
+
+def broken_files(path):
+    """Write a checkpoint, and return {what is wrong: other bytes of such a file}."""
+    train_toy(path, 1)
+    whole = path.read_bytes()
+    content = read_checkpoint(path)
+    config = content["config"]
+
+    wrong = {
+        "a list": [1],
+        "another config": {**content, "config": {**config, "d_key": 8}},
+        "a config of another version": {**content, "config": {**config, "form": "segments"}},
+        "no config": {**content, "config": None},
+        "other weights": {**content, "model": {"weight": torch.zeros(1)}},
+        "no dict of settings": {**content, "settings": 3},
+    }
+    for name in ("config", "model", "settings"):
+        wrong[f"without {name}"] = {key: content[key] for key in content if key != name}
+
+    files = {"empty": b"", "text": b"text", "cut": whole[:-1], "half": whole[:len(whole) // 2]}
+    for name, content in wrong.items():
+        torch.save(content, path)
+        files[name] = path.read_bytes()
+    return files
+
+
+def test_a_file_that_is_no_checkpoint_is_refused_in_one_line_and_kept(tmp_path, command):
+    path = tmp_path / "a.pt"
+
+    def main():
+        train_toy(path, loss_of=never)
+
+    for wrong, content in broken_files(path).items():
+        path.write_bytes(content)
+        code, _, err = command(main)
+
+        assert (code, err.count("\n")) == (2, 1), wrong
+        assert err.startswith(f"error: {path} is no checkpoint of this version"), wrong
+        assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("name", ["missing.pt", "."])
+def test_a_file_that_can_not_be_read_is_an_error_of_the_system(name, tmp_path):
+    with pytest.raises(OSError):
+        read_checkpoint(tmp_path / name)
+
+
+# --- Stopped and resumed --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop, saved", [(1, 0), (2, 2), (3, 2), (6, 6)])
+def test_a_resumed_training_equals_an_uninterrupted_one(stop, saved, saved_often, tmp_path):
+    steps = []
+
+    def loss_of(model, step):
+        steps.append(step)
+        return toy_loss(model, step)
+
+    whole, losses = train_toy(tmp_path / "whole.pt")
+    stop_toy(tmp_path / "cut.pt", stop)
+    model, resumed = train_toy(tmp_path / "cut.pt", loss_of=loss_of, resume=True)
+
+    assert steps == list(range(saved, 7))
+    assert resumed == losses
+    assert same_weights(model.state_dict(), whole.state_dict())
+    assert_same_training(tmp_path / "cut.pt", tmp_path / "whole.pt")
+
+
+@each_kind
+def test_each_kind_of_model_can_be_resumed(kind, saved_often, tmp_path):
+    train_toy(tmp_path / "whole.pt", model=make_toy(kind))
+    stop_toy(tmp_path / "cut.pt", 5, model=make_toy(kind))
+
+    other = make_toy(kind, seed=1)    # its weights are not used
+    train_toy(tmp_path / "cut.pt", model=other, resume=True)
+
+    assert_same_training(tmp_path / "cut.pt", tmp_path / "whole.pt")
+
+
+def test_a_resumed_training_shows_its_own_speed_and_what_is_left(
+        saved_often, tmp_path, capsys, monkeypatch):
+    stop_toy(tmp_path / "a.pt", 4)
+    capsys.readouterr()
+
+    seconds = iter(range(0, 1000, 10))
+    monkeypatch.setattr(train.common.time, "perf_counter", seconds.__next__)
+    _, losses = train_toy(tmp_path / "a.pt", resume=True)
+
+    first, _, last = capsys.readouterr().err.splitlines()
+    assert first == f"a: 5/7  loss {losses[4]:.4f}  shown 1.0000  2 tokens/s  20 s left"
+    assert last == f"a: 7/7  loss {losses[6]:.4f}  shown 1.0000  2 tokens/s  0 s left"
+
+
+def test_ctrl_c_is_one_line_and_loses_what_came_after_the_last_checkpoint(
+        saved_often, tmp_path, command):
+    def press_ctrl_c(model, step):
+        if step == 5:
             signal.raise_signal(signal.SIGINT)
         return toy_loss(model, step)
-    path = tmp_path / "cut.pt"
-    with pytest.raises(KeyboardInterrupt, match=["", "stopped after", "at once"][presses]):
-        train_toy(path, loss_of=loss_of)
-    assert signal.getsignal(signal.SIGINT) is before and "finishing" in capfd.readouterr().err
-    monkeypatch.setattr(time, "perf_counter", iter(range(999)).__next__)    # a second per step
-    model, resumed = train_toy(path, resume=True,
-                               loss_of=lambda *at: steps.append(at[1]) or toy_loss(*at))
-    shown, mean = capfd.readouterr().err.splitlines(), sum(losses[saved:]) / max(1, 7 - saved)
-    assert saved == 7 or f"24 tokens/s  0:0{6 - saved} left" in shown[0]
-    assert saved == 7 or f"cut: 7/7 steps  loss {mean:.4f}" in shown[-1]
-    assert resumed == losses and equal(model, whole) and steps == list(range(saved, 7))
-    content, (loaded, _) = train.read_checkpoint(path), train.load_model(path)
-    assert content["losses"].tolist() == losses and content["optimizer"] is None
-    assert torch.equal(content["gates"], torch.stack([*gates, whole.gates()])[1:])
-    assert equal(loaded, whole) and loaded.config == whole.config and not loaded.training
 
-def test_a_training_needs_no_standard_error(tmp_path, monkeypatch):
-    closed = open(tmp_path / "err", "w")
-    closed.close()
-    for stream in (None, closed, Mock(write=Mock(side_effect=OSError(28, "full")))):
-        monkeypatch.setattr("sys.stderr", stream)
-        assert len(train_toy(tmp_path / "a.pt", 2)[1]) == 2
+    def main():
+        train_toy(tmp_path / "a.pt", loss_of=press_ctrl_c)
 
-@pytest.mark.filterwarnings("ignore")    # of torch.compile
-def test_a_compiled_model_is_saved_under_the_names_of_the_model_inside(tmp_path):
-    model = make(dtype=torch.float32)
-    train.train(torch.compile(model, backend="eager"), toy_loss, 2, tmp_path / "a.pt", 0.01, 0.1)
-    assert equal(model, train.load_model(tmp_path / "a.pt")[0])
+    code, out, err = command(main)
 
-def train_until_killed(path, last, seconds):    # some time after `last` more steps
-    steps = iter(range(1, 999))
+    progress, *rest = err.splitlines()
+    assert code == 130
+    assert progress.startswith("a: 1/7")
+    assert rest == ["", "stopped; checkpoints are as last saved"]
+    assert len(read_checkpoint(tmp_path / "a.pt")["losses"]) == 4
+
+
+def kill(*ignored):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def write_half_and_be_killed(path, content):
+    with open(path, "wb") as file:
+        file.write(content[:len(content) // 2])
+    kill()
+
+
+def train_until_killed(path, when):
+    """Go on with a training until it is killed at a step, or while it writes a file."""
     def loss_of(model, step):
-        if next(steps) == last:
-            threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        if step == when:
+            kill()
         return toy_loss(model, step)
-    train_toy(path, 150, loss_of, resume=True)
+
+    train.SAVE_EVERY = 2    # this is a process of its own
+    if when == "writing":
+        Path.write_bytes = write_half_and_be_killed
+    train_toy(path, 12, loss_of, resume=True)
+
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
-def test_a_training_that_is_killed_ten_times_ends_as_one_that_is_not(tmp_path):
-    context, rng = multiprocessing.get_context("forkserver"), random.Random(0)
+def test_a_training_that_is_killed_a_few_times_ends_as_one_that_is_not(tmp_path):
+    path = tmp_path / "cut.pt"
+    context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["test_train", "torch._dynamo"])    # imported only once
-    codes, done, path = [], [], tmp_path / "cut.pt"
-    for last in [*(rng.randint(4, 9) for _ in range(10)), None]:
-        process = context.Process(target=train_until_killed, args=(path, last, rng.random() / 100))
+
+    codes = []
+    n_steps = []
+    for when in (3, "writing", 7, "writing", None):
+        process = context.Process(target=train_until_killed, args=(path, when))
         process.start()
         process.join()
         codes.append(process.exitcode)
-        done.append(len(train.read_checkpoint(path)["losses"]))
-    assert codes == [-signal.SIGKILL] * 10 + [0] and done == sorted(set(done)) and done[-1] == 150
-    gates, content = [], train.read_checkpoint(path)
-    whole, losses = train_toy(tmp_path / "whole.pt", 150, lambda *at: (
-        gates.append(at[0].gates()) or toy_loss(*at)))
-    assert content["losses"].tolist() == losses and equal(whole, train.load_model(path)[0])
-    assert torch.equal(content["gates"], torch.stack([*gates, whole.gates()])[2::2])    # of 100
+        n_steps.append(len(read_checkpoint(path)["losses"]))
 
-@pytest.mark.parametrize("stopped, error", [(1, KeyboardInterrupt), (0, BrokenExecutor)])
-def test_a_process_that_ctrl_c_ended_is_a_stop_and_one_that_died_is_an_error(stopped, error):
-    with pytest.raises(error), train.interrupts() as event:
-        (event.set if stopped else event.clear)()
-        raise BrokenExecutor("it died")
+    train_toy(tmp_path / "whole.pt", 12)
+    assert codes == [-signal.SIGKILL] * 4 + [0]
+    assert n_steps == [2, 2, 6, 6, 12]
+    assert_same_training(path, tmp_path / "whole.pt")
 
-def test_a_full_disk_is_one_line_and_leaves_the_old_checkpoint_whole(folder, tmp_path, command):
-    resource = pytest.importorskip("resource", reason="Windows has no limit for a file's size")
-    args = [train.main, *TINY, "--data", folder, "--out", tmp_path / "new" / "out"]
-    command(*args)
-    before, = [file.read_bytes() for file in args[-1].iterdir()]
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
-    try:
-        code, _, err = command(*args)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert code == 2 and err.splitlines()[-1].startswith("error: ") and err.count("error") == 1
-    assert [file.read_bytes() for file in args[-1].iterdir()] == [before]
 
-def test_a_broken_harmful_or_other_checkpoint_is_refused_in_one_line(folder, command, monkeypatch):
-    monkeypatch.chdir(folder.parent)
-    path, args = Path("lm-delta-seed0.pt"), [train.main, *TINY, "--data", folder, "--out", "."]
-    code, _, err = command(*args, "--resume")
-    assert code == 0 and f"{path} is not there to resume, so the training begins anew\n" in err
-    whole, content = path.read_bytes(), train.read_checkpoint(path)
-    with pytest.raises(ValueError, match="loss was nan"):    # stopped after a step that was saved
-        train.train(train.load_model(path)[0], lambda model, step: (
-            sum(p.sum() for p in model.parameters()) * (1 if step == 0 else math.nan), 1, {}), 2,
-            "part.pt", 0.1, 0.1, save_every=1)
-    command(train.main, "--help")    # takes away what was shown until here
-    code = type("Code", (), dict(__reduce__=lambda _: (os.mkdir, ("ran",))))()
-    part = torch.load(path.with_name("part.pt"), weights_only=True)    # has an optimizer
-    weights = {name: w.clone() for name, w in content["model"].items()}
-    weights["head.weight"][0, 0] = math.nan
-    moments = copy.deepcopy(part["optimizer"])
-    moments[0]["exp_avg"] = torch.zeros(2)
-    steps = {i: dict(state, step=torch.tensor(7.0)) for i, state in part["optimizer"].items()}
-    changes = [dict(settings=code), dict(config=None), dict(settings=[1]), dict(config={"a": 3}),
-               dict(config=dict(content["config"], d_key=8)), dict(model={"a": torch.zeros(1)}),
-               dict(model=weights), dict(model={n: w.int() for n, w in weights.items()}),
-               dict(losses="text"), dict(losses=content["losses"][:1]), dict(gates=3),
-               dict(model=[1]), dict(optimizer=part["optimizer"]), dict(part, optimizer={}),
-               dict(part, optimizer=moments), dict(part, optimizer=steps),
-               dict(config={k: v for k, v in content["config"].items() if k != "rope_base"}),
-               dict(part, settings=dict(part["settings"], steps=0)), dict(part, optimizer={7: {}})]
-    for bad in (b"", b"text", whole[:-1], [1], {}, *({**content, **change} for change in changes),
-                *({k: v for k, v in content.items() if k != name} for name in content)):
-        path.write_bytes(bad) if isinstance(bad, bytes) else torch.save(bad, path)
-        for words in ([train.main, "sample", "--load", path], [*args, "--resume"]):
-            code, _, err = command(*words)
-            *notes, error = err.splitlines()
-            assert code == 2 and f"error: {path} was no checkpoint" in error, bad
-            assert len(notes) == ("--resume" in words) and all("not used" in n for n in notes)
-    assert not Path("ran").exists()
-    for part, name, value in (("config", "update", "linear"), ("config", "rope_base", 7.0),
-                              ("settings", "starting_weights", 0.0), ("settings", "lr", 0.1)):
-        torch.save({**content, part: {**content[part], name: value}}, path)
-        error = f"error: {path} was of another training ({name} = {value!r}), must be of this one"
-        code, _, err = command(*args, "--resume")
-        assert code == 2 and err.splitlines()[-1] == error
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("name, other", [
+    ("steps", dict(steps=8)),
+    ("lr", dict(lr=0.02)),
+    ("gate_lr", dict(gate_lr=0.2)),
+    ("seed", dict(seed=1)),
+    ("text", dict(text="abc")),          # the file does not have it
+])
+def test_a_file_of_another_training_is_refused_before_the_first_step_and_kept(
+        name, other, resume, tmp_path):
+    path = tmp_path / "a.pt"
+    train_toy(path)
+    before = path.read_bytes()
 
-def test_a_checkpoint_of_another_training_is_not_written_over_and_a_link_stays_one(tmp_path):
-    train_toy(tmp_path / "a.pt", 2)
-    (tmp_path / "link.pt").symlink_to("a.pt")
-    before = (tmp_path / "a.pt").read_bytes()
-    for path in ("a.pt", "link.pt"):
-        for other in (dict(lr=0.02), dict(settings=dict(seed=1)), dict(settings={}), dict(steps=3)):
-            with pytest.raises(ValueError, match="was of another training"):
-                train_toy(tmp_path / path, **{"steps": 2, **other})
-    assert before == (tmp_path / "a.pt").read_bytes()
-    (tmp_path / "other.pt").symlink_to("new.pt")
-    train_toy(tmp_path / "other.pt", np.int64(2), lr=np.float64(0.01), gate_lr=np.float32(0.5))
-    assert (tmp_path / "other.pt").is_symlink() and train.load_model(tmp_path / "new.pt")
+    with pytest.raises(ValueError, match=f"a.pt is of another training, with {name} "):
+        train_toy(path, loss_of=never, resume=resume, **other)
 
-def test_what_could_not_be_read_again_is_refused_before_the_first_step(tmp_path):
-    model, never = make(dtype=torch.float32), Mock()
-    model.register_buffer("more", torch.ones(1))
-    for other in (dict(model=model), dict(settings=dict(path=tmp_path)), dict(steps=0),
-                  *({name: x} for name in ("lr", "gate_lr", "clip") for x in (math.nan, -1))):
-        with pytest.raises(ValueError, match="no checkpoint of this version|must be a"):
-            train_toy(tmp_path / "a.pt", **{"loss_of": never, **other})
-    assert not never.called and not [*tmp_path.iterdir()]
-    train_toy(tmp_path / "a.pt", 2, model=(model := make()))    # float64
-    assert equal(model, train.load_model(tmp_path / "a.pt")[0])
+    assert path.read_bytes() == before
 
-# --- Text and language model ---------------------------------------------------------------------
-def test_the_text_is_the_standard_library_without_tests_and_each_tenth_file_is_held_out(
-        folder, capsys):
-    training, held_out = ([bytes(d.numpy()) for d in part] for part in train.read_documents())
-    files = [file for file in sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py"))
-             if not {"test", "tests", "site-packages", "dist-packages"} & set(file.parts)]
-    order = {file.read_bytes(): i for i, file in enumerate(files)}
-    assert set(training) | set(held_out) < set(order)
-    assert len(training) // 9 - 2 <= len(held_out) <= len(training) // 9    # without copies
-    assert not {d for d in held_out if len(d) > 1024} & set(training)
-    places = torch.tensor([order[d] / len(order) for d in held_out])    # in the alphabet
-    assert places.histc(4, 0, 1).min() > len(places) / 10
-    assert [len(d) for d in train.read_documents()[1]] == [len(d) for d in held_out]
-    names = [[d[0].item() - 40 for d in part] for part in train.read_documents(folder)]
-    assert sorted(sum(names, [])) == list(range(20)) and len(names[1]) == 2
-    for name in (".git/a.txt", ".b.txt", "out/c.csv", "d.bin", "e.txt"):
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_bytes(b"new\0" if name == "d.bin" else b"new" * 500)
-    new = train.read_documents(folder, folder / "out", shortest=301)    # 100, 300, 500, ...
-    assert sorted(len(d) for part in new for d in part) == sorted([1500, *range(500, 4000, 200)])
-    assert ("1 binary files or links, 0 copies and 2 of 21 texts, shorter than 301 bytes"
-            in capsys.readouterr().err)
-    for i in range(20):
-        (folder / f"{i}copy.txt").write_bytes(bytes([i + 40]) * (100 + 200 * i))
-    parts = [[bytes(d.numpy()) for d in part] for part in train.read_documents(folder)]
-    assert len(parts[0]) + len(parts[1]) == 21 == len({*parts[0], *parts[1]})
-    assert "21 copies" in capsys.readouterr().err
-    (folder / "more").symlink_to(folder.parent)
-    train.read_documents(folder)
-    assert "2 binary files or links" in capsys.readouterr().err
-    one, other = [[len(d) for d in part] for part in train.read_documents(folder, shortest=3700)]
-    assert sorted(one + other) == [3700, 3900] and one and other
-    (training,), (held_out,) = train.read_documents(folder, shortest=3900)
-    assert (len(training), len(held_out)) == (3510, 390)
-    (folder / "../book").write_bytes(bytes(range(32, 132)) * 10)    # of one file, its last tenth
-    (training,), (held_out,) = train.read_documents(folder / "../book")
-    assert len(training) == 900 and bytes(held_out.numpy()) == bytes(range(32, 132))
 
-def test_each_place_of_a_text_is_equally_likely_and_validation_pieces_do_not_overlap():
-    documents = [torch.arange(10), torch.arange(100, 150), torch.arange(5)]
-    rows = train.draw_sequences(documents, 8000, 10, random.Random(0))
-    assert torch.equal(rows, rows[:, :1] + torch.arange(10))    # all of a single document
-    places, counts = rows[:, 0].unique(return_counts=True)
-    assert places.tolist() == [0, *range(100, 141)] and (counts * 42 / 8000 - 1).abs().max() < 0.3
-    documents = [torch.arange(i, i + 70, dtype=torch.uint8) for i in (0, 70, 140)]
-    pieces = train.validation_pieces(documents, 20)
-    assert torch.equal(pieces, pieces[:, :1] + torch.arange(20)) and pieces.dtype == torch.long
-    assert pieces[:, 0].tolist() == [0, 20, 40, 70, 90, 110, 140, 160, 180]
-    assert train.validation_pieces(documents, 20, most=5)[:, 0].tolist() == [0, 40, 90, 140, 180]
+@pytest.mark.parametrize("name, kind", [("update", "linear"), ("attention", "local")])
+def test_a_file_of_another_kind_of_model_is_of_another_training(name, kind, tmp_path):
+    train_toy(tmp_path / "a.pt")
 
-def test_a_loss_asks_for_the_next_bytes_and_seed_and_step_alone_decide_which():
-    model, read = make(dtype=torch.float32, vocab_size=256), []
-    model.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
-    for seed, step in ((0, 5), (0, 5), (0, 6), (1, 5), (5, 0)):
-        loss_of = train.lm_loss([torch.arange(250, dtype=torch.uint8)], seed, batch=3, length=40)
-        loss, n_tokens, shown = loss_of(model, step)
-        assert read[-1].shape == (3, 40) and n_tokens == 120
-        assert torch.equal(read[-1], read[0]) == ((seed, step) == (0, 5))
-        p = model(read[-1])[0].softmax(-1).gather(-1, read.pop()[..., None] + 1)    # of the next
-        assert loss.item() == pytest.approx(-p.log().mean().item(), rel=1e-5)
-        assert shown == {"bits per byte": pytest.approx(-p.log2().mean().item(), rel=1e-5)}
+    with pytest.raises(ValueError, match=f"a.pt is of another training, with {name} "):
+        train_toy(tmp_path / "a.pt", loss_of=never, model=make_toy(kind))
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_bits_are_those_of_the_probabilities_and_forgetting_is_reading_each_segment_alone(kind):
-    model, tokens = make(kind), tokens_of(3, 4 * SMALL.segment_len + 1)
-    alone = [model(piece)[0] for piece in tokens[:, :-1].split(SMALL.segment_len, 1)]
-    for forget, logits in ((False, model(tokens[:, :-1])[0]), (True, torch.cat(alone, 1))):
-        expected = -logits.softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0].log2()
-        same(train.bits(model, tokens, forget, at_once=45), expected, 1e-6)    # two, then one
 
-def test_the_weights_do_not_depend_on_what_was_trained_before(folder, tmp_path):
-    weights, documents = {}, train.read_documents(folder)[0]
-    options = dict(train.LM, lr=0, gate_lr=0, d_model=16)
-    for kind, seed in (("delta", 0), ("delta", 1), ("delta", 0), ("linear", 0)):
-        model, _ = train.train_lm(kind, seed, documents, tmp_path, 1, **options)
-        assert equal(weights.setdefault(seed, model), model) and not model.training
-    assert not equal(weights[0], weights[1])
-    assert model.config.d_value == model.config.d_key == 32 and model.config.d_ff == 64
-    same(model.gates()[:, [0, 3]].logit(), torch.tensor([[-4.05, 1.05]] * 2), 1e-5)
+def test_a_file_with_more_settings_is_of_another_training(tmp_path):
+    train_toy(tmp_path / "a.pt", text="abc")
 
-def test_the_command_trains_says_what_a_held_out_byte_costs_and_resumes(folder, tmp_path, command):
-    where = [train.main, *TINY, "--data", folder, "--out", tmp_path]
-    other, path = ["--lr", 0.1, "--seed", 3], tmp_path / "lm-delta-seed3.pt"
-    code, out, err = command(*where, *other)
-    (model, settings), before = train.load_model(path), path.read_bytes()
-    assert code == 0 and "lm-delta-seed3: 2/2 steps  loss " in err and "bits per byte " in err
-    assert {**settings, "lr": 0.1, "gate_lr": 0.01, "seed": 3, "length": 128} == settings
-    c = model.config
-    assert (c.segment_len, c.n_layers, c.d_model, c.update) == (8, 1, 16, "delta")
-    pieces = torch.stack([d[i:i + 129] for d in train.read_documents(folder)[1]
-                          for i in range(0, len(d) - 128, 129)]).long()
-    costs = []
-    for n in (128, 8):    # the whole piece, or each segment alone
-        given, target = pieces[:, :-1].reshape(-1, n), pieces[:, 1:].reshape(-1, n, 1)
-        costs.append(-model(given)[0].softmax(-1).gather(-1, target).log2().mean().item())
-    lines = [f"{costs[0]:.4f} bits per byte on {len(pieces)} held-out pieces of 128 bytes",
-             f"{costs[1]:.4f} if it forgets after each segment"]
-    assert out.splitlines()[:2] == lines and f"{model.gates()[0, 1]:.4f}" in out.splitlines()[-1]
-    code, again, err = command(*where, *other, "--resume")
-    assert (code, again) == (0, out) and "steps" not in err and path.read_bytes() == before
-    assert "0 copies and 1 of 20 texts, shorter than 129 bytes, are not used" in err
-    for kind in ("local", "xl", "full", "linear"):
-        _, out, _ = command(*where, "--kind", kind)
-        c = train.load_model(tmp_path / f"lm-{kind}-seed0.pt")[0].config
-        assert kind in (c.attention, c.update) and ("forgets" in out) == (kind == "linear")
+    with pytest.raises(ValueError, match="a.pt is of another training, with text abc"):
+        train_toy(tmp_path / "a.pt", loss_of=never)
 
-def test_sample_continues_a_text_and_each_of_its_options_counts(tmp_path, command, monkeypatch):
-    model, _ = train_toy(tmp_path / "a.pt", 1, model=make(dtype=torch.float32, vocab_size=256))
-    def sample(*options):
-        load = ["sample", "--load", tmp_path / "a.pt", "--prompt", "(x) é ", "--bytes", 30]
-        return command(train.main, *load, *options)[1]
-    text = list("(x) é ".encode())
-    for _ in range(30):
-        text.append(model(torch.tensor([text]))[0][0, -1].argmax().item())
-    for options in (["--temperature", 0], ["--temperature", 1e-9], ["--top-p", 1e-9]):
-        assert sample(*options) == bytes(text).decode(errors="replace") + "\n"
-    a, again, *others = (sample(*words) for words in (
-        [], ["--seed", 0], ["--seed", 1], ["--temperature", 3], ["--top-p", 0.1]))
-    assert a == again and len({a, *others}) == 4
-    monkeypatch.setattr(train, "generate", lambda *_, on_token: [
-        on_token(torch.tensor([byte])) for byte in "é€".encode()])    # of two and three bytes
-    monkeypatch.setattr(torch, "set_num_threads", (threads := []).append)
-    assert sample("--threads", 3) == "(x) é é€\n" and threads == [3]
 
-@pytest.mark.parametrize("arguments", """--steps 0; --steps 1.5; --steps nan; --steps 99999999999;
-    --segment-len 0; --d-model x; --lr -1; --lr nan; --lr 1e999; --lr 0,1; --lr 2; --gate-lr 0.1;
-    more; --seed -1; --threads 0; --st 3; --kind hebb; --device meta; --device abacus; --out FILE;
-    --out FILE/deeper; --data missing; --data EMPTY; --data BINARY; --data SHORT; --load FILE;
-    --lr 0_1; --top-p 1; sample; sample --load .; sample --load no; sample --load FILE --steps 3;
-    sample --load FILE --temperature 0,8; sample --load FILE --top-p 1.1;
-    sample --load FILE --bytes 0; sample --load PASSKEY""".split(";"))
-def test_bad_arguments_are_one_line_and_exit_code_2(arguments, tmp_path, command, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "train", None)    # nothing may be trained
-    for name, text in dict(FILE=b"kept", EMPTY=b"", BINARY=b"a\0b" * 999, SHORT=b"short").items():
-        Path(name).write_bytes(text)
-    shutil.copy(Path(train.__file__).with_name("assets") / "passkey-delta.pt", "PASSKEY")
+def test_a_training_that_is_not_finished_is_refused_without_resume_and_kept(
+        saved_often, tmp_path):
+    path = tmp_path / "a.pt"
+    stop_toy(path, 6)    # the last but one is saved
+    before = path.read_bytes()
+
+    with pytest.raises(ValueError, match="a.pt is not finished; --resume goes on with it"):
+        train_toy(path, loss_of=never)
+
+    assert path.read_bytes() == before
+
+
+def test_a_finished_training_begins_anew_without_resume(tmp_path):
+    _, losses = train_toy(tmp_path / "a.pt")
+
+    _, again = train_toy(tmp_path / "a.pt")
+
+    assert again == losses
+
+
+def test_a_finished_training_trains_nothing_when_it_is_resumed(tmp_path):
+    path = tmp_path / "a.pt"
+    model, losses = train_toy(path)
+    before = path.read_bytes()
+
+    other, resumed = train_toy(path, loss_of=never, model=make_toy(seed=1), resume=True)
+
+    assert resumed == losses
+    assert same_weights(other.state_dict(), model.state_dict())
+    assert path.read_bytes() == before
+
+
+# --- The language model ---------------------------------------------------------------
+
+
+def read_by(model):
+    """Return a list that grows by the tokens of each call of the model."""
+    calls = []
+
+    def listen(model, inputs):
+        calls.append(inputs[0])
+
+    model.register_forward_pre_hook(listen)
+    return calls
+
+
+def test_the_loss_is_of_the_next_bytes():
+    model = make_toy()
+    calls = read_by(model)
+    document = torch.arange(250, dtype=torch.uint8)    # the next byte is the next number
+
+    loss, n_tokens, numbers = train.lm_loss([document], seed=0, length=40)(model, 5)
+
+    given = calls[0]
+    assert given.shape == (1, 40)
+    assert n_tokens == 40
+    bits = bits_of_bytes(model, torch.cat([given, given[:, -1:] + 1], dim=1)).mean().item()
+    assert loss.item() == pytest.approx(bits * math.log(2), rel=1e-5)
+    assert numbers == {"bits per byte": pytest.approx(bits, rel=1e-5)}
+
+
+def test_seed_and_step_alone_decide_what_is_drawn():
+    documents = [torch.arange(250, dtype=torch.uint8)]
+    drawn = {}
+    for seed, step in ((0, 5), (0, 6), (1, 5), (5, 0)):
+        for kind in KINDS:
+            model = make_toy(kind)
+            calls = read_by(model)
+            train.lm_loss(documents, seed, length=40)(model, step)
+            tokens = drawn.setdefault((seed, step), calls[0])
+            assert torch.equal(calls[0], tokens)
+
+    starts = {tokens[0, 0].item() for tokens in drawn.values()}
+    assert len(starts) == 4
+
+
+@each_kind
+def test_bits_are_those_of_the_probabilities(kind):
+    model = make_toy(kind)
+    tokens = draw_tokens(9, 21)    # more than are read at once
+
+    found = train.bits(model, tokens)
+
+    torch.testing.assert_close(found.double(), bits_of_bytes(model, tokens),
+                               rtol=1e-5, atol=1e-5)
+
+
+@each_kind
+def test_forgetting_is_reading_each_segment_on_its_own(kind):
+    model = make_toy(kind)
+    tokens = draw_tokens(9, 21)    # four segments of five, and the last one's next byte
+
+    found = train.bits(model, tokens, forget=True)
+
+    expected = []
+    for start in range(0, 20, 5):
+        expected.append(bits_of_bytes(model, tokens[:, start:start + 6]))
+    torch.testing.assert_close(found.double(), torch.cat(expected, dim=1),
+                               rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind, attention, update", [
+    ("local", "local", "delta"),
+    ("xl", "xl", "delta"),
+    ("linear", "infini", "linear"),
+    ("delta", "infini", "delta"),
+    ("full", "full", "delta"),
+])
+def test_kinds_differ_in_attention_or_rule_and_all_else_is_equal(kind, attention, update):
+    config = Recipe(kind, n_layers=3).config()
+
+    expected = replace(Recipe("delta", n_layers=3).config(), attention=attention, update=update)
+    assert config == expected
+    assert config.n_layers == 3
+
+
+def test_betas_rise_from_minus_4_to_1():
+    model = InfiniTransformer(Recipe().config())
+
+    betas = model.gates().logit()
+
+    expected = torch.tensor([[-4.05, -2.35, -0.65, 1.05]] * 2)
+    torch.testing.assert_close(betas, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_file_is_named_after_the_recipe_or_its_kind_and_the_seed():
+    assert Recipe("xl", seed=3).path("out") == Path("out/lm-xl-seed3.pt")
+    assert Recipe("xl", name="fast").path("out") == Path("out/lm-fast-seed0.pt")
+
+
+@pytest.mark.parametrize("other", [
+    dict(seed=1),
+    dict(steps=4),
+    dict(lr=0.1),
+    dict(gate_lr=0.1),
+    dict(n_layers=1),
+])
+def test_the_recipe_decides_every_number(other, small, folder, tmp_path):
+    documents, _ = read_documents(folder, 129)
+    recipe = Recipe(steps=3)
+    first = train.train_lm(recipe, documents, tmp_path / "first")
+    train.train_lm(Recipe(seed=7, steps=1), documents, tmp_path)    # does not matter
+    again = train.train_lm(recipe, documents, tmp_path / "again")
+    different = train.train_lm(replace(recipe, **other), documents, tmp_path / "other")
+
+    assert_same_training(again, first)
+    weights = read_checkpoint(first)["model"]
+    assert not same_weights(read_checkpoint(different)["model"], weights)
+
+
+def test_a_model_can_be_given_to_go_on_from(small, folder, tmp_path):
+    documents, _ = read_documents(folder, 129)
+    recipe = Recipe(steps=1, lr=0.0, gate_lr=0.0)
+    torch.manual_seed(5)
+    model = InfiniTransformer(recipe.config())
+
+    path = train.train_lm(recipe, documents, tmp_path, model=model)
+
+    assert same_weights(read_checkpoint(path)["model"], model.state_dict())
+
+
+def test_a_file_of_another_text_is_of_another_training(small, folder, tmp_path):
+    documents, _ = read_documents(folder, 129)
+    train.train_lm(Recipe(steps=1), documents, tmp_path)
+
+    documents[0][0] += 1
+    with pytest.raises(ValueError, match="is of another training, with text "):
+        train.train_lm(Recipe(steps=1), documents, tmp_path)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_all_files_are_checked_before_any_training(place, small, folder, tmp_path):
+    documents, _ = read_documents(folder, 129)
+    recipes = [Recipe("local", steps=1), Recipe("xl", steps=1), Recipe("full", steps=1)]
+    other = replace(recipes[place], n_layers=1)
+
+    train.check_files(recipes, documents, tmp_path, resume=False)
+    train.train_lm(recipes[place], documents, tmp_path)
+    train.check_files(recipes, documents, tmp_path, resume=False)
+    other.path(tmp_path).unlink()
+    path = train.train_lm(other, documents, tmp_path)
+
+    with pytest.raises(ValueError, match=f"{path.name} is of another training"):
+        train.check_files(recipes, documents, tmp_path, resume=False)
+
+
+def test_a_training_that_is_not_finished_is_in_the_way_unless_it_is_resumed(
+        small, folder, tmp_path, saved_often, monkeypatch):
+    def stop_after_the_second_step(progress, done, n_tokens, **numbers):
+        if done == 2:
+            raise Stopped
+
+    documents, _ = read_documents(folder, 129)
+    recipe = Recipe(steps=3)
+    monkeypatch.setattr(train.Progress, "show", stop_after_the_second_step)
+    with pytest.raises(Stopped):
+        train.train_lm(recipe, documents, tmp_path)
+
+    train.check_files([recipe], documents, tmp_path, resume=True)
+    with pytest.raises(ValueError, match="is not finished; --resume goes on with it"):
+        train.check_files([recipe], documents, tmp_path, resume=False)
+
+
+# --- The command ----------------------------------------------------------------------
+
+
+def held_out_pieces(folder):
+    """Cut the held-out texts into pieces of 129 bytes, in another way than train.py."""
+    pieces = []
+    for text in bytes_of(read_documents(folder)[1]):
+        while len(text) >= 129:
+            pieces.append(list(text[:129]))
+            text = text[129:]
+    return torch.tensor(pieces)
+
+
+def test_the_command_trains_as_it_is_told(small, folder, tmp_path, command):
+    code, _, err = command(
+        train.main, "--data", folder, "--out", tmp_path / "new", "--kind", "linear",
+        "--steps", 2, "--lr", 0.1, "--seed", 3, "--n-layers", 1)
+
+    model, settings = train.load_model(tmp_path / "new" / "lm-linear-seed3.pt")
+    assert code == 0
+    assert err.splitlines()[-1].startswith("lm-linear-seed3: 2/2  loss ")
+    assert "  bits per byte " in err
+    assert (model.config.update, model.config.n_layers) == ("linear", 1)
+
+    text = settings.pop("text")
+    assert len(text) == 64
+    assert settings == dict(steps=2, lr=0.1, gate_lr=0.01, seed=3, kind="linear", length=128)
+
+
+def test_the_command_says_what_a_held_out_byte_costs_with_and_without_memory(
+        small, folder, tmp_path, command):
+    code, out, _ = command(train.main, "--data", folder, "--out", tmp_path, "--steps", 2)
+
+    model, _ = train.load_model(tmp_path / "lm-delta-seed0.pt")
+    pieces = held_out_pieces(folder)
+    cost = bits_of_bytes(model, pieces).mean()
+    alone = [bits_of_bytes(model, pieces[:, i:i + 9]) for i in range(0, 128, 8)]
+    assert code == 0
+    assert out.splitlines() == [
+        f"{cost:.4f} bits per byte on {len(pieces)} held-out pieces of 128 bytes",
+        f"{torch.cat(alone, dim=1).mean():.4f} if it forgets after each segment",
+        "sigmoid(beta), a row per layer and a column per head:",
+        *str(model.gates()).splitlines(),
+    ]
+
+
+@each_kind
+def test_each_kind_of_model_is_trained_and_only_a_memory_is_reported(
+        kind, small, folder, tmp_path, command):
+    code, out, _ = command(train.main, "--data", folder, "--out", tmp_path, "--steps", 1,
+                           "--kind", kind)
+
+    model, _ = train.load_model(tmp_path / f"lm-{kind}-seed0.pt")
+    assert code == 0
+    assert model.config.attention == KINDS[kind].get("attention", "infini")
+    assert len(out.splitlines()) == (5 if kind in ("linear", "delta") else 1)
+
+
+def test_the_command_goes_on_with_a_finished_training_without_a_step(
+        small, folder, tmp_path, command):
+    arguments = [train.main, "--data", folder, "--out", tmp_path, "--steps", 2]
+    _, expected, _ = command(*arguments)
+
+    code, out, err = command(*arguments, "--resume")
+
+    assert (code, out, err) == (0, expected, "")
+
+
+def test_train_py_runs_as_a_script(folder, tmp_path):
+    script = Path(train.__file__)
+    arguments = ["--data", folder, "--out", tmp_path, "--steps", "1", "--threads", "1"]
+
+    done = subprocess.run([sys.executable, script, *arguments], cwd=script.parent,
+                          capture_output=True, text=True)
+
+    first, *_ = done.stdout.splitlines()
+    assert done.returncode == 0
+    assert "lm-delta-seed0: 1/1  loss " in done.stderr
+    assert first.endswith("held-out pieces of 2,048 bytes")
+    assert len(read_checkpoint(tmp_path / "lm-delta-seed0.pt")["losses"]) == 1
+
+
+@pytest.mark.parametrize("option", [
+    "--kind hebb",
+    "--data=",
+    "--steps 0",
+    "--steps 1.5",
+    "--lr -1",
+    "--lr nan",
+    "--lr 2",
+    "--n-layers 0",
+    "--seed -1",
+    "--out=",
+    "--device abacus",
+    "--threads 0",
+])
+def test_an_option_that_makes_no_sense_is_named(option, command, monkeypatch):
+    monkeypatch.setattr(train, "read_documents", never)
+
+    code, out, err = command(train.main, *option.split())
+
+    name = option.replace("=", " ").split()[0]
+    assert (code, out) == (2, "")
+    assert f": error: argument {name}: " in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("arguments", ["--st 3", "more", "--resume=yes"])
+def test_options_are_not_guessed(arguments, command, monkeypatch):
+    monkeypatch.setattr(train, "read_documents", never)
+
     code, out, err = command(train.main, *arguments.split())
-    assert (code, out, len(err.splitlines())) == (2, "", 1) and Path("FILE").read_text() == "kept"
 
-def test_a_users_mistake_is_one_line_and_ours_a_traceback(command):
-    for error, line in ((ValueError("\na was 1, must be 2\n3"), "a was 1, must be 2"),
-                        (OSError(28, "full"), "[Errno 28] full"), (MemoryError(), "MemoryError"),
-                        (ModuleNotFoundError("No module x"), "No module x"),
-                        (RuntimeError("CUDA out of memory: 8"), "CUDA out of memory: 8")):
-        assert command(Mock(side_effect=error, __module__="a")) == (2, "", f"error: {line}\n")
-    assert command(train.main, "--data", "")[0] == 2
-    assert command(Mock(side_effect=KeyboardInterrupt, __module__="a")) == (130, "", "\nstopped\n")
-    for error in (RuntimeError("CUDA error"), RuntimeError("memory of a bug"), TypeError("a"),
-                  ImportError("a")):
-        with pytest.raises(type(error)):
-            train.run_command(Mock(side_effect=error))
+    assert (code, out) == (2, "")
+    assert ": error: " in err.splitlines()[-1]
 
-def test_jobs_run_side_by_side_in_processes_of_one_thread_and_give_results_in_order(monkeypatch):
-    what = "__import__('os').getpid(), __import__('torch').get_num_threads()"
-    jobs = [(f"__import__('time').sleep({1 - i}), {i}, {what}",) for i in range(2)]    # for eval,
-    here = os.getpid()    # which loads nothing else that sets the number of threads
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")    # what a process takes if nobody says else
-    for n in (1, 2):    # one thread, or one job
-        monkeypatch.setattr(torch, "get_num_threads", lambda: n)
-        assert [job[2:] for job in train.side_by_side(eval, jobs[n - 1:])] == [(here, n)] * (3 - n)
-    with pytest.raises(RuntimeError, match="terminated"):    # as when memory runs out
-        [*train.side_by_side(eval, [("__import__('os')._exit(9)",), *jobs])]
-    (_, *first), (_, *second) = train.side_by_side(eval, jobs)
-    assert first[::2] == [0, 1] and second[::2] == [1, 1] and len({first[1], second[1], here}) == 3
+
+@pytest.mark.parametrize("name, content", [
+    ("missing", None),
+    ("empty", b""),
+    ("binary", b"a\0b" * 9999),
+    ("short", b"text"),
+])
+def test_a_text_that_can_not_be_used_is_one_line(name, content, tmp_path, command, monkeypatch):
+    monkeypatch.setattr(train, "train", never)
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+
+    code, out, err = command(train.main, "--data", path, "--out", tmp_path)
+
+    assert (code, out) == (2, "")
+    assert err == f"error: {path} has too few texts of 2,049 bytes\n"
