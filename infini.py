@@ -16,7 +16,7 @@ Glossary (row vectors, as in the paper)
     M        M            (B, H, d_key, d_value)  the memory, a sum of sigma(key)^T value
     z        z            (B, H, d_key)           its normaliser, a sum of sigma(key)
     A_dot    a_dot        (B, H, T, d_value)      what softmax finds in this segment
-    A_mem    a_mem        (B, H, T, d_value)      what the memory returns of all others
+    A_mem    a_mem        (B, H, T, d_value)      what the memory returns of earlier ones
     beta     beta         (H,)                    sigmoid(beta) is the memory's weight
     O        o            (B, T, d_model)         output of the layer
 
@@ -56,9 +56,10 @@ class InfiniConfig:
     d_ff: int = 512
     segment_len: int = 64        # N
     update: str = "delta"        # how the memory is written; or "linear"
-    attention: str = "infini"    # or a baseline without this memory: "local", "xl", "full"
+    attention: str = "infini"    # or a baseline: "local" sees its segment only, "xl" the
+                                 # one before, too, and "full" all of the text
     causal: bool = True          # False: an encoder, where a segment sees all of itself
-    rope_base: float = 100.0     # small, since positions count inside a segment
+    rope_base: float = 100.0     # of positions, which count inside a segment
     # Departure: the paper does not give the first beta. At 0, memory and segment weigh
     # the same.
     gate_init: float = 0.0       # mean of a layer's betas at the start
@@ -74,10 +75,10 @@ class InfiniConfig:
 
         if self.d_key % 2 == 1:
             raise ValueError(f"d_key must be even, not {self.d_key}: RoPE turns pairs")
-        if self.update not in ("linear", "delta"):
-            raise ValueError(f"update must be linear or delta, not {self.update!r}")
-        if self.attention not in ("infini", "local", "xl", "full"):
-            raise ValueError(f"attention must be infini, local, xl or full, "
+        if self.update not in UPDATE:
+            raise ValueError(f"update must be one of {list(UPDATE)}, not {self.update!r}")
+        if self.attention not in ATTENTION:
+            raise ValueError(f"attention must be one of {list(ATTENTION)}, "
                              f"not {self.attention!r}")
         if not 1 <= self.rope_base < math.inf:
             raise ValueError(f"rope_base must be at least 1, not {self.rope_base!r}")
@@ -85,7 +86,7 @@ class InfiniConfig:
             raise ValueError("gate_init and gate_spread must be finite numbers")
 
 
-# --- Background: three layers of one shape, (input, state) -> (output, state) ---------
+# --- Background: two ways to carry the past, and one that carries nothing -------------
 
 
 def rnn(x, h, w_x, w_h):
@@ -124,7 +125,7 @@ def mnm(x, h, theta, w_x, w_h, w_q, w_k, w_v, lr=1.0):    # noqa: PLR0913 (all t
     """
     h = rnn(x, h, w_x, w_h)
     read = mnm_read(theta, h @ w_q)                      # (B, d_h)    read first,
-    theta = mnm_write(theta, h @ w_k, h @ w_v, lr)       # and write then
+    theta = mnm_write(theta, h @ w_k, h @ w_v, lr)       # then write
     return h + read, theta
 
 
@@ -199,18 +200,17 @@ def sigma(x):
 def normaliser(sx, z):
     """Compute sigma(x) z, by which a read is divided. sx is sigma(x): (..., T, d_key).
 
-    Departure: with an empty memory the paper's quotient is 0/0. We divide by 1 instead, so
-    that the read is exactly 0. A sum below 1e-30 counts as empty, since its gradient would
-    overflow.
+    Departure: a read of the empty memory would be 0/0. We divide by 1 instead, so that it
+    is exactly 0. A sum below 1e-30 counts as empty, since its gradient would overflow.
     """
     norm = (sx * z.unsqueeze(-2)).sum(-1, keepdim=True)  # (..., T, 1)
     return torch.where(norm > 1e-30, norm, 1.0)
 
 
 def retrieve(q, memory):
-    """Read the memory, Eq. 7. It returns a mean of all values that were written.
+    """Read the memory, Eq. 7. It returns a mean of all that was written for the keys.
 
-    The value of a key k has the weight sigma(q) sigma(k)^T in this mean.
+    What was written for a key k has the weight sigma(q) sigma(k)^T in this mean.
     q: (..., T, d_key), without positions (section 4.1). Returns a_mem: (..., T, d_value).
     """
     sq = sigma(q)                                        # (..., T, d_key)
@@ -247,7 +247,7 @@ UPDATE = {"linear": update_linear, "delta": update_delta}
 
 # --- The layer ------------------------------------------------------------------------
 
-KERNEL_FROM = 512    # so many keys are faster by PyTorch's attention kernel
+KERNEL_FROM = 512    # from so many keys on, PyTorch's attention kernel is faster
 
 
 def fused_attention(q, k, v, causal):
@@ -293,7 +293,7 @@ class State(NamedTuple):
     a segment enters the memory when it is complete. Until then its keys and values wait.
     """
 
-    memory: Any        # of all complete segments, a Memory
+    memory: Any        # of all complete segments: a Memory, or what a baseline keeps
     k: torch.Tensor    # (B, H, L, d_key)      keys of the open segment, L < N
     v: torch.Tensor    # (B, H, L, d_value)    and its values
 
@@ -368,12 +368,12 @@ class InfiniAttention(nn.Module):
         a = self.read(q, k, v, state.memory)             # read first,
         if k.shape[2] < self.N:
             return a, State(state.memory, k, v)          # (more of it is to come)
-        memory = self.write(state.memory, k, v)          # and write then
+        memory = self.write(state.memory, k, v)          # then write
         return a, self.begin(memory, k, v)
 
     def begin(self, memory, k, v):
         """Make the state in which the next segment begins."""
-        no_key = k[:, :, :0].detach().clone()
+        no_key = k[:, :, :0].detach().clone()            # a view would keep all of k alive
         no_value = v[:, :, :0].detach().clone()
         return State(memory, no_key, no_value)
 
@@ -393,10 +393,10 @@ class InfiniAttention(nn.Module):
         return a, self.begin(after, k[0], v[0])
 
     def write_all(self, memory, k, v):
-        """Write S segments, whose keys and values are known. k, v: (S, B, H, N, d).
+        """Do what `write` does for S segments at once. k, v: (S, B, H, N, d).
 
-        Eq. 9 is M_s = M_{s-1} - erase_s M_{s-1} + write_s, and only these small steps run
-        one by one. Returns the memory before each segment, (S, ...), and after the last.
+        Delta's rule is M_s = M_{s-1} - erase_s M_{s-1} + write_s. Only these small steps
+        run in order. Returns the memory before each segment, (S, ...), and after the last.
         """
         sk = sigma(k)
         with full_precision(sk):

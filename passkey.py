@@ -8,8 +8,7 @@ mark or a digit; the prompt needs 53. Evaluation keys never occur in training.
 
 Departure: the paper trains on its own prompt only. Here at least half of the filler is not
 the paper's paragraph, and some keys have 3, 5 or 6 digits. A model that sees one paragraph
-only learns to ignore that one. No digit is asked of a segment's first token, which sees
-only itself.
+only learns to ignore that one.
 """
 
 import math
@@ -149,6 +148,10 @@ def draw_keys(rng, n, digits, held_out):
 
 
 # --- Ways of training -----------------------------------------------------------------
+#
+# A model first learns the task on short inputs. Then it goes on with inputs of up to 5,000
+# tokens, as in the paper. Then, and only here, W_Q and W_K grow during as many steps again.
+# Each step draws inputs of one length, and asks for the digits at their end.
 
 
 @dataclass(frozen=True)
@@ -160,15 +163,17 @@ class Way:
     longest: int            # tokens of the longest input
     tokens_per_step: int
     lr: float
+    memory: bool = True
+    grows: bool = False     # whether W_Q and W_K grow
 
 
 SHORTEST = 64    # tokens of the shortest training input
 
 WAYS = {
-    "local": Way(None, 4000, 256, 1024, 4e-3),         # the control, without a memory
-    "short": Way(None, 4000, 256, 1024, 4e-3),         # long inputs first teach nothing
-    "plain": Way("short", 1600, 5000, 2048, 2e-3),     # up to 5K tokens, as in the paper
-    "sharp": Way("plain", 1600, 5000, 2048, 2e-3),     # the same, while W_Q and W_K grow
+    "local": Way(None, 4000, 256, 1024, 4e-3, memory=False),      # the control
+    "short": Way(None, 4000, 256, 1024, 4e-3),                    # a new model needs it
+    "plain": Way("short", 1600, 5000, 2048, 2e-3),                # as in the paper
+    "sharp": Way("plain", 1600, 5000, 2048, 2e-3, grows=True),    # not in the paper
 }
 
 # By this factor W_Q and W_K grow in "sharp", in this share of the steps.
@@ -210,8 +215,8 @@ def draw_inputs(rng, way, longest, N):
     n_keys = max(1, way.tokens_per_step // n_tokens)
     tasks = [one_key(key) for key in draw_keys(rng, n_keys, digits, held_out=False)]
 
-    # The token before a digit writes it. It must not be its segment's first one, so the
-    # answer stands in one segment, from its third token on.
+    # The token before a digit writes it. All of these stand in one segment, and none is
+    # its first token, which sees only itself.
     n_other = tokens_without_hay(tasks[0])
     n_hay = max(0, n_tokens - n_other)
     begin = (n_other + n_hay - digits) % N    # the answer's place in its segment
@@ -261,15 +266,15 @@ def sharpen(model, factor):
 def way_loss(name, seed, steps):
     """Make the loss of a way, as `train` wants it.
 
-    Without a start, inputs grow for 30% of the steps. In "sharp" W_Q and W_K grow a little
-    before each of the first steps. The remaining steps repair what that has broken.
+    Without a start, inputs grow for 30% of the steps. Where W_Q and W_K grow, they grow a
+    little before each of the first steps. The other steps repair what that has broken.
     """
     way = WAYS[name]
 
     def loss_of(model, step):
         factor, share = GROWTH[model.config.update]
-        n_growing = share * steps
-        if name == "sharp" and step < n_growing:
+        n_growing = max(1, round(share * steps))
+        if way.grows and step < n_growing:
             sharpen(model, factor ** (1 / n_growing))
 
         grown = 1.0
@@ -314,15 +319,15 @@ def plan_runs(ways, rule, seed, steps=None):
 
     rule: "linear", "delta", or None for the way without a memory. steps: None is the way's.
     """
-    wanted = set(ways)
-    for name in reversed(WAYS):
-        if name in wanted and WAYS[name].start:
-            wanted.add(WAYS[name].start)
+    needed = set()
+    for name in ways:
+        while name:
+            needed.add(name)
+            name = WAYS[name].start
 
     runs = []
     for name, way in WAYS.items():
-        has_memory = name != "local"
-        if name in wanted and has_memory == bool(rule):
+        if name in needed and way.memory == bool(rule):
             runs.append(Run(name, rule, seed, steps or way.steps))
     return runs
 

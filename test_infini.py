@@ -1198,6 +1198,16 @@ def test_xl_sends_no_gradient_to_the_segment_before():
     assert (x.grad[0, 10:] != 0).all()
 
 
+@pytest.mark.parametrize("kind", ["local", "xl"])
+def test_where_a_segment_ends_local_and_xl_remember_no_graph(kind):
+    model = make(kind)
+
+    _, state = model(tokens_of(2, 10))
+
+    for tensor in tensors_in(state):
+        assert not tensor.requires_grad
+
+
 # --- What the memory can and can't hold -----------------------------------------------
 
 

@@ -90,13 +90,15 @@ def draw_sequences(documents, batch, length, rng):
 def validation_pieces(documents, length, most=100):
     """Cut documents into pieces that do not overlap, at most `most`, spread evenly.
 
-    Returns (n, length) bytes.
+    Returns (n, length) bytes. Raises ValueError if all documents are shorter.
     """
     pieces = []
     for document in documents:
         for piece in document.split(length):
             if len(piece) == length:
                 pieces.append(piece)
+    if not pieces:
+        raise ValueError(f"no held-out text has {length:,} bytes")
     every = math.ceil(len(pieces) / most)
     return torch.stack(pieces[::every]).long()
 
@@ -213,15 +215,16 @@ def find_start(path, config, settings, resume):
 SAVE_EVERY = 100    # steps
 
 
-def train(model, loss_of, steps, path, lr, gate_lr, resume=False, **settings):
+def train(model, loss_of, steps, path, lr, gate_lr, resume=False, **others):
     """Train a model and leave it in the checkpoint `path`. Returns the loss of every step.
 
     loss_of: (model, step) -> loss, tokens read, {name: number to show}. It draws by `step`
     alone, so a resumed training sees what an uninterrupted one sees, bit for bit.
-    settings: plain values that are stored, too, and must be the same to resume.
+    others: what else decides the result, plain values. They are stored as settings of the
+    training beside steps and rates, and must be the same to resume.
     Raises ValueError if the file is of another training, or a loss is not finite.
     """
-    settings = dict(steps=steps, lr=lr, gate_lr=gate_lr, **settings)
+    settings = dict(steps=steps, lr=lr, gate_lr=gate_lr, **others)
     optimizer = make_optimizer(model, lr, gate_lr)
     losses = []
     gates = []                                                    # a hundred on the way
@@ -279,7 +282,7 @@ SIZES = dict(
     segment_len=128,
     rope_base=1e4,
     gate_init=-1.5,
-    gate_spread=5.1,    # betas rise from -4 to 1
+    gate_spread=5.1,    # betas rise from about -4 to 1
 )
 
 

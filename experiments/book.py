@@ -114,10 +114,11 @@ def read_with(path, text):
     The second is None for a model that has no such memory.
     """
     model, _ = train.load_model(path)
+    costs = stream_costs(model, text)
     forgetful = None
     if model.config.attention == "infini":
         forgetful = stream_costs(model, text, forget=True)
-    return stream_costs(model, text), forgetful
+    return costs, forgetful
 
 
 def read_with_all(models, text):
@@ -167,26 +168,30 @@ def find_title(gains):
     gains: {name: (seeds, stretches)}.
     """
     rules = [name for name in ("linear", "delta") if name in gains]
-    for rule in rules:
-        if not (gains[rule][:, -1] > 0).all():
-            rules = []
-    if rules:
+    helps = [(gains[rule][:, -1] > 0).all() for rule in rules]
+    if rules and all(helps):
         return "The memory still helps after half a million bytes"
     return "Does the memory hold out over a book?"
 
 
 def draw(costs, N, path):
-    """Draw what each kind saves by position: a mean over seeds, and a point per seed."""
+    """Draw what each kind saves by position, as a mean over seeds.
+
+    A kind also has a point per seed. It is a dashed line if it forgets.
+    """
     figure, axis = common.new_figure(6.4, 4)
     gains = {}
     for name, values in costs.items():
         ends, gains[name] = common.by_position(costs["local"] - values, BASE)
         x = [N * end for end in ends]
-        kind = name.split()[0]
-        style = "--" if "forgets" in name else "-"
         y = gains[name].mean(0).tolist()
-        common.draw_line(axis, x, y, kind, name, linestyle=style)
-        common.draw_points(axis, x, gains[name].T, kind)
+
+        if name in train.KINDS:
+            common.draw_line(axis, x, y, name, name)
+            common.draw_points(axis, x, gains[name].T, name)
+        else:
+            kind = name.removesuffix(" forgets")
+            common.draw_line(axis, x, y, kind, name, linestyle="--")
 
     common.set_lengths(axis, x)
     axis.set_xlabel("up to byte")

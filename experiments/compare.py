@@ -74,7 +74,7 @@ def measure(path, pieces, device):
     model, _ = train.load_model(path, device)
     config = model.config
     length = train.sequence_length()
-    trained = pieces[:, :length + 1]    # as long as the model was trained for
+    trained = pieces[:, :length + 1]    # as long as in training
 
     # Full attention knows no positions beyond those that it was trained on.
     costs = bits_by_segment(model, trained if config.attention == "full" else pieces)
@@ -142,16 +142,16 @@ def gains_by_segment(measured, kind, seeds):
 
 
 def context_title(measured, seeds):
-    """Say what is found beyond the length of training, if all seeds agree."""
+    """Say whether both rules help beyond the length of training, if all seeds agree."""
     for rule in ("linear", "delta"):
         beyond = gains_by_segment(measured, rule, seeds)[:, train.SEGMENTS:].mean(1)
         if not (beyond > 0).all():
             return "What does it save to know what came before?"
-    return f"The memory still helps at {TIMES} times the length of training"
+    return "The memory still helps beyond the length of training"
 
 
 def draw_context(measured, seeds, path):
-    """Draw what each kind saves by position: a mean over seeds, and a point per seed."""
+    """Draw what each kind saves by position, as a mean over seeds and a point per seed."""
     figure, axis = common.new_figure(6.4, 4)
     N = train.SIZES["segment_len"]
     lengths = set()
@@ -182,7 +182,7 @@ def memory_title(measured, seeds):
 
 
 def draw_memory(measured, seeds, path):
-    """Draw the cost against the numbers kept: a dash for the mean, and a point per seed."""
+    """Draw costs against the numbers kept, as a dash for the mean and a point per seed."""
     figure, axis = common.new_figure(6.4, 4)
     numbers = set()
     for kind in KINDS:

@@ -14,11 +14,13 @@ import json
 import math
 import random
 import re
+import textwrap
 import time
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
+import PIL.Image
 import torch
 import torch.nn.functional as F
 from IPython.display import HTML, Image, display
@@ -72,7 +74,18 @@ def as_png(figure):
     """Draw a figure. Returns the bytes of a PNG file."""
     file = io.BytesIO()
     figure.savefig(file, dpi=110, format="png")
-    return file.getvalue()
+    return small_png(file)
+
+
+def small_png(file, width=None):
+    """Read a picture, make it as wide as asked, and keep 256 colours. Returns PNG bytes."""
+    picture = PIL.Image.open(file).convert("RGB")
+    if width is not None:
+        height = round(picture.height * width / picture.width)
+        picture = picture.resize((width, height), PIL.Image.Resampling.LANCZOS)
+    small = io.BytesIO()
+    picture.quantize(256, dither=PIL.Image.Dither.NONE).save(small, "png", optimize=True)
+    return small.getvalue()
 
 
 def show(figure):
@@ -80,9 +93,9 @@ def show(figure):
     display(Image(as_png(figure)))
 
 
-def show_picture(name, width=800):
+def show_picture(name, width=900):
     """Show a picture that an experiment made."""
-    display(Image(filename=ROOT / f"assets/{name}.png", width=width))
+    display(Image(small_png(ROOT / f"assets/{name}.png", width)))
 
 
 def show_code(*functions):
@@ -114,7 +127,7 @@ def result_block(experiment, block=0):
     blocks = []
     for found in fenced + indented:
         if "python " not in found:
-            blocks.append(inspect.cleandoc(found))
+            blocks.append(textwrap.dedent(found).rstrip())
     return blocks[block]
 
 
@@ -417,10 +430,12 @@ def draw_capacity():
             errors = measure_capacity(make_keys, d_key, numbers)
             axis.plot(numbers, errors, marker=MARKER["linear"], color=COLOUR["linear"],
                       markersize=4, alpha=shade, label=f"d_key {d_key}")
+
         axis.axhline(1, color="0.5", linestyle=":")
         common.set_lengths(axis, numbers)
         axis.set(title=title, xlabel="pairs stored", ylim=(-0.05, 1.12))
         axis.grid(alpha=0.3)
+
     axes[0].text(1, 1.03, "as bad as reading nothing", fontsize=8, color="0.4")
     axes[0].set_ylabel("relative error")
     axes[1].legend(fontsize=8, loc="upper left")
@@ -469,11 +484,13 @@ def draw_seen(heads, N=32):
     torch.manual_seed(3)
     q = torch.randn(128, 32)
     k = torch.randn(128, 32)
+
     figure, axes = common.new_figure(8.6, 3.2, 1, len(heads), sharey=True)
     for axis, (name, (head, beta)) in zip(axes, heads.items(), strict=True):
         with torch.no_grad():
             weights = head(q, k, torch.eye(128), torch.tensor(beta), N)
-        axis.set_facecolor("0.75")
+
+        axis.set_facecolor("0.75")    # shows what is not seen at all
         seen = weights.where(weights != 0, math.nan)
         image = axis.imshow(seen, cmap="RdBu_r", norm=SymLogNorm(1e-4, vmin=-1, vmax=1),
                             interpolation="nearest")
@@ -521,14 +538,17 @@ def train_watched(model, loss_of, steps):
     way = passkey.WAYS["short"]
     optimizer = train.make_optimizer(model, way.lr, 2.5 * way.lr)
     texts = write_texts(draw_tasks(64), 7)
+
     watched = {}
     for step in range(steps + 1):
         if step % 100 == 0:
             with torch.no_grad():
                 watched[step] = losses_with_and_without(model, texts)
         if step % 300 == 0:
-            print("step {:5}: loss of a digit {:.2f}, with an emptied memory {:.2f}".format(
-                step, *watched[step]))
+            as_it_is, emptied = watched[step]
+            print(f"step {step:5}: loss of a digit {as_it_is:.2f}, "
+                  f"with an emptied memory {emptied:.2f}")
+
         if step < steps:
             loss, _, _ = loss_of(model, step)
             train.take_step(model, optimizer, loss, train.schedule(step, steps))
@@ -543,11 +563,12 @@ def draw_learning(watched):
     axis.plot(steps, without, color=COLOUR["local"], linestyle="--")
     axis.plot(steps, with_memory, color=COLOUR["delta"])
     axis.axhline(math.log(10), color="0.6", linestyle=":")
+
     name_line(axis, steps[-1], without[-1], "memory emptied", "0.4")
     name_line(axis, steps[-1], with_memory[-1], "as it is", COLOUR["delta"])
     name_line(axis, steps[-1], math.log(10), "guessing: ln 10", "0.5", up=-6)
     axis.set(title="What it learns stands in the memory", xlabel="step",
-             ylabel="loss of a digit", ylim=(0, 8), xlim=(0, 1.22 * steps[-1]))
+             ylabel="loss of a digit", ylim=(0, 4.5), xlim=(0, 1.22 * steps[-1]))
     axis.grid(alpha=0.3)
     show(figure)
 
@@ -662,10 +683,12 @@ def print_digits_by_factor(model):
     """Print the digits that are found with larger weights, without any training."""
     for factor in 1, 1.5, 3:
         larger = sharpness.multiply(model, "both", factor)
-        near = digits_right(larger, 1000, 0.0)
-        far = digits_right(larger, 2 ** 17, 0.0, n_keys=5)
-        print(f"times {factor:<4} {near:4.0%} of the digits at 1,000 tokens (20 keys), "
-              f"{far:4.0%} at 128K (5 keys)")
+        found = digits_right(larger, 1000, 0.0)
+        print(f"both times {factor:<4} {found:4.0%} of the digits at 1,000 tokens, 20 keys")
+    for factor in 1, 1.5:
+        larger = sharpness.multiply(model, "both", factor)
+        found = digits_right(larger, 2 ** 17, 0.0, n_keys=5)
+        print(f"both times {factor:<4} {found:4.0%} of the digits at 128K tokens, 5 keys")
 
 
 # --- Inside the trained head ----------------------------------------------------------
@@ -757,10 +780,12 @@ def draw_staircases(models):
             shown = model if layer is None else without_positions(model, layer)
             image = staircase(axis, share_of_places(shown, tasks, heads),
                               [*PLACES, "else"], name_rows(heads))
+
             found = digits_right(shown, 512, 0.5)
             change = "as trained" if layer is None else "no positions in layer 1"
             axis.set_title(f"{name}, {change}\n{found:.0%} of the digits found", fontsize=9)
         column[-1].set_xlabel("place in the key that is read")
+
     for row in axes:
         row[0].set_ylabel("digit that is asked for")
     figure.colorbar(image, ax=axes, label="share of the weight (%), 20 keys")
@@ -815,6 +840,7 @@ def draw_products(models, key="9054", digit=1, n=2 ** 20):
         head, own, hay = weights_by_feature(model, key, digit)
         order = own.argsort(descending=True)
         x = range(1, len(own) + 1)
+
         axis.semilogy(x, n * hay[order], "x", color=DARK, markersize=4)
         axis.semilogy(x, own[order], "o", color=WRITE, markersize=4)
         share = own.sum() / (own.sum() + n * hay.sum())
@@ -829,20 +855,22 @@ def draw_products(models, key="9054", digit=1, n=2 ** 20):
 
 # --- A slider -------------------------------------------------------------------------
 
-SLIDER = """<div style="font-family:sans-serif;font-size:13px">
+# Its data are queries and keys in thousandths, rows of one number per feature.
+SLIDER = """<div data-head='DATA' style="font-family:sans-serif;font-size:13px">
 W_Q and W_K of layer 2, times <input type="range" min="0.5" max="3" step="0.05" value="1"
 style="width:260px" oninput="
-var c=+this.value, D=JSON.parse(this.parentNode.getAttribute('data-heads')),
-g=function(x){return x>0?1+x:Math.exp(x)},
-w=function(k){return D.q.reduce(function(t,q,i){return t+g(c*q)*g(c*k[i])},0)},
-s=function(rows){return rows.reduce(function(t,k){return t+w(k)},0)},
-own=s(D.own), rest=s(D.rest), hay=s(D.hay)/D.hay.length,
-cells=this.parentNode.querySelectorAll('b');
-this.nextElementSibling.textContent=c.toFixed(2);
-D.n.forEach(function(n,i){
-cells[i].textContent=(100*own/(own+rest+n*hay)).toFixed(1)+'%'})">
-<span>1.00</span><table><tr><td>tokens of hay</td>HEADS</tr>
-<tr><td>share of the digit</td>CELLS</tr></table></div>"""
+var c = +this.value, box = this.parentNode, D = JSON.parse(box.getAttribute('data-head')),
+sigma = function(x) {x = c*x/1000; return x > 0 ? 1 + x : Math.exp(x)},
+weight = function(k) {return D.q.reduce(function(t, q, i) {
+    return t + sigma(q)*sigma(k[i])}, 0)},
+sum = function(rows) {return rows.reduce(function(t, k) {return t + weight(k)}, 0)},
+own = sum(D.own), rest = sum(D.rest), hay = sum(D.hay)/D.hay.length,
+cells = box.querySelectorAll('b');
+this.nextElementSibling.textContent = c.toFixed(2);
+D.n.forEach(function(n, i) {
+    cells[i].textContent = (100*own/(own + rest + n*hay)).toFixed(1) + '%'})">
+<span>1.00</span><table><tr><td>tokens of hay</td>LENGTHS</tr>
+<tr><td>share of the digit</td>SHARES</tr></table></div>"""
 
 
 def show_slider(model, key="9054", digit=1):
@@ -853,31 +881,24 @@ def show_slider(model, key="9054", digit=1):
     """
     head = heads_that_matter(model)[digit]
     q, k, _ = look_inside(model, [passkey.one_key(key)])
-    asked = q[0, head, digit]
-    stored = k[0, head]
-    own = [COPIES[0] + digit, COPIES[1] + digit]
+    own = [copy + digit for copy in COPIES]
     rest = [t for t in range(NEEDLE_END) if t not in own]
-    hay = range(96, 192)
-    lengths = [2 ** 10, 2 ** 12, 2 ** 14, 2 ** 16, 2 ** 18, 2 ** 20]
+    stored = k[0, head]
+    data = dict(q=q[0, head, digit], own=stored[own], rest=stored[rest], hay=stored[96:192])
 
-    parts = dict(q=asked, own=stored[own], rest=stored[rest], hay=stored[hay])
-    rounded = {name: (part * 1000).round().div(1000) for name, part in parts.items()}
-    weights = {name: (sigma(rounded["q"]) * sigma(part)).sum(-1)
-               for name, part in rounded.items()}
-    heads = ""
-    cells = ""
+    # The table shows the model as it is, before any script runs.
+    lengths = [2 ** 10, 2 ** 12, 2 ** 14, 2 ** 16, 2 ** 18, 2 ** 20]
+    weights = {name: sigma(part) @ sigma(data["q"]) for name, part in data.items()}
+    shares = []
     for n in lengths:
         total = weights["own"].sum() + weights["rest"].sum() + n * weights["hay"].mean()
-        share = weights["own"].sum() / total
-        heads += f"<td>{n:,}</td>"
-        cells += f"<td><b>{share:.1%}</b></td>"
+        shares.append((weights["own"].sum() / total).item())
 
-    data = {name: [[round(x, 3) for x in row] for row in part.view(-1, 32).tolist()]
-            for name, part in rounded.items()}
-    data["q"] = data["q"][0]
-    html = SLIDER.replace("HEADS", heads).replace("CELLS", cells)
-    data["n"] = lengths
-    html = html.replace("<div ", f"<div data-heads='{json.dumps(data)}' ", 1)
+    for name, part in data.items():
+        data[name] = (1000 * part).round().int().tolist()
+    html = SLIDER.replace("DATA", json.dumps(data | dict(n=lengths)))
+    html = html.replace("LENGTHS", "".join(f"<td>{n:,}</td>" for n in lengths))
+    html = html.replace("SHARES", "".join(f"<td><b>{x:.1%}</b></td>" for x in shares))
     display(HTML(html))
 
 
@@ -917,6 +938,7 @@ def draw_gates(models):
         found = [100 * found_with_gates(model, shut=[gate]) for gate in GATES]
         image = common.heat_map(right, [found[:4], found[4:]], 100, "{:.0f}", range(1, 5),
                                 range(1, 3))
+
         left.set_title(f"{name}: gates, sigmoid(beta)", fontsize=9)
         right.set_title(f"{name}: digits found (%) without this gate", fontsize=9)
         for axis in row:
@@ -1016,7 +1038,7 @@ def as_tuple(result):
 
 # --- A moving picture -----------------------------------------------------------------
 
-STOPS = [round(2 ** (i / 3)) for i in range(47)]          # paragraphs of hay, to a million
+STOPS = [round(41_667 ** (i / 44)) for i in range(45)]     # paragraphs, a million tokens
 FOLLOWED = {"plain": "passkey-plain.pt", "sharp": "passkey-linear.pt"}
 FULL = LogNorm(1e-3, 1e6)                                 # colours of M and z
 
@@ -1103,7 +1125,7 @@ def draw_memory_of(left, middle, moment, order):
     z = moment.memory.z[order, None]
     for axis, part in (left, M), (middle, z):
         axis.clear()
-        axis.imshow(part.abs(), cmap="cividis", norm=FULL, aspect="auto")
+        axis.imshow(part.abs().numpy(), cmap="cividis", norm=FULL, aspect="auto")
         axis.set(xticks=[], yticks=[])
     left.set_title("M")
     middle.set_title("z")
@@ -1185,7 +1207,7 @@ def run_notebook():
 
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     start = time.perf_counter()
-    NotebookClient(notebook, timeout=1800, record_timing=False,
+    NotebookClient(notebook, timeout=1800, record_timing=False, coalesce_streams=True,
                    resources={"metadata": {"path": str(ROOT)}}).execute()
     notebook.metadata["stamp"] = fingerprint(notebook.cells)
     nbformat.write(notebook, NOTEBOOK)

@@ -3,10 +3,10 @@
     python -m experiments.phantom            five minutes on two cores
     python -m experiments.phantom --quick    one minute
 
-Keys overlap, so each key also reads a little of every other key's value. We call this the
-phantom. It is nearly the same for all keys. Delta (Eq. 9) writes a value less what its key
-reads already, so a new key stores its value less the phantom. In an untrained memory this
-is an error. We ask whether it is Delta's gain in a trained one.
+Keys overlap, so each key also reads a little of every other key's value. The part that all
+keys read we call the phantom, and we compute it by reading with z. Delta (Eq. 9) writes a
+value less what its key reads already, so a new key stores its value less the phantom. In
+an untrained memory this is an error. We ask whether it is Delta's gain in a trained one.
 """
 
 import sys
@@ -32,7 +32,7 @@ DIAL = [-8, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 2, 3, 5]
 
 D_KEY = 32                          # numbers per key in trained models
 N_PAIRS = [8, 16, 32, 64]
-N = 32                              # pairs, where something else is subtracted
+N_ASKED = 32                        # pairs, where something else is subtracted
 
 # --- What is subtracted from a value before it is written -----------------------------
 
@@ -227,7 +227,7 @@ def score(logits, pairs):
 
 def key_overlap(model):
     """Compute the overlap of the keys that a model writes."""
-    _, k, _ = model.layer.project(written_tokens(model, evaluation_pairs(N)))
+    _, k, _ = model.layer.project(written_tokens(model, evaluation_pairs(N_ASKED)))
     return overlap(k)
 
 
@@ -248,11 +248,11 @@ def evaluate(model, rule):
         logits = answer(model, pairs, EQUATION[rule])
         found["questions unwritten", n] = score(logits, pairs)
 
-    pairs = evaluation_pairs(N)
+    pairs = evaluation_pairs(N_ASKED)
     for name, subtract in SUBTRACT.items():
-        found[name, N] = score(answer(model, pairs, subtract), pairs)
+        found[name, N_ASKED] = score(answer(model, pairs, subtract), pairs)
     logits = answer(model, pairs, nothing, from_read=True)
-    found[FROM_READ, N] = score(logits, pairs)
+    found[FROM_READ, N_ASKED] = score(logits, pairs)
     return found
 
 
@@ -264,8 +264,8 @@ def measure(rule, questions_written, seed, steps):
     train_model(model, rule, questions_written, seed, steps)
 
     found = evaluate(model, rule)
-    found["overlap, untrained", N] = before
-    found["overlap, trained", N] = key_overlap(model)
+    found["overlap, untrained", N_ASKED] = before
+    found["overlap, trained", N_ASKED] = key_overlap(model)
     return found
 
 
@@ -291,14 +291,15 @@ def print_recall(measured):
 
 def print_subtracted(measured):
     """Print what is named right if something else is subtracted, and the keys' overlap."""
-    print_row(f"\n% of {N} pairs right; subtracted is", UPDATE, 37, 11)
+    print_row(f"\n% of {N_ASKED} pairs right; subtracted is", UPDATE, 37, 11)
     for name in [*SUBTRACT, FROM_READ]:
-        cells = [cell(measured[rule, True, name, N]) for rule in UPDATE]
+        cells = [cell(measured[rule, True, name, N_ASKED]) for rule in UPDATE]
         print_row(name, cells, 36, 11)
 
     print_row("\nOverlap of two keys", UPDATE, 37, 11)
     for name in ("untrained", "trained"):
-        overlaps = [mean(measured[rule, True, f"overlap, {name}", N]) for rule in UPDATE]
+        what = f"overlap, {name}"
+        overlaps = [mean(measured[rule, True, what, N_ASKED]) for rule in UPDATE]
         print_row(name, [f"{x:.2f}" for x in overlaps], 36, 11)
 
 
@@ -315,9 +316,9 @@ def save_table(measured, path):
 def find_title(measured):
     """Say that the phantom is the gain, if in each model it gains and the rest does not."""
     for rule in UPDATE:
-        linear = measured[rule, True, "nothing (Linear, Eq. 8)", N]
-        alone = measured[rule, True, "the phantom alone", N]
-        rest = measured[rule, True, "all but the phantom", N]
+        linear = measured[rule, True, "nothing (Linear, Eq. 8)", N_ASKED]
+        alone = measured[rule, True, "the phantom alone", N_ASKED]
+        rest = measured[rule, True, "all but the phantom", N_ASKED]
         for seed in range(len(linear)):
             if not rest[seed] <= linear[seed] < alone[seed]:
                 return "What is it that Delta gains by?"
@@ -335,7 +336,7 @@ def draw_dial(axis, dial, measured):
     common.spread_names(axis)
 
     for name in ("trained", "untrained"):
-        x = mean(measured["delta", True, f"overlap, {name}", N])
+        x = mean(measured["delta", True, f"overlap, {name}", N_ASKED])
         axis.axvline(x, color="0.6", linestyle=":")
         axis.text(x + 0.01, 94, f"{name}\nkeys", color="0.4", fontsize=8)
 
@@ -345,7 +346,7 @@ def draw_subtracted(axis, measured):
     names = [*SUBTRACT, FROM_READ]
     for rule, shift in (("linear", -0.15), ("delta", 0.15)):
         for row, name in enumerate(names):
-            x = measured[rule, True, name, N]
+            x = measured[rule, True, name, N_ASKED]
             common.draw_points(axis, x, [row + shift] * len(x), rule, size=6)
         axis.text(99, 1.4 * shift, f"trained with {rule}", color=common.COLOUR[rule],
                   ha="right", va="center", fontsize=8)
@@ -355,7 +356,7 @@ def draw_subtracted(axis, measured):
     axis.axhline(len(SUBTRACT) - 0.5, color="0.8")    # below it, something else is changed
     axis.grid(axis="x", alpha=0.3)
     axis.set_xlim(0, 100)
-    axis.set_title(f"Trained, {N} pairs: what is subtracted?", fontsize=9)
+    axis.set_title(f"Trained, {N_ASKED} pairs: what is subtracted?", fontsize=9)
     axis.set_xlabel("values named right (%), a mark per seed")
 
 

@@ -156,7 +156,7 @@ def find_title(measured, seeds):
 
 
 def draw(measured, seeds, path):
-    """Draw what each kind saves on the way: a mean over seeds, and a point per seed."""
+    """Draw what each kind saves on the way, as a mean over seeds and a point per seed."""
     figure, axis = common.new_figure(6.4, 4)
     for kind in KINDS:
         ends, values = stretch_means(gains_by_step(measured, kind, seeds))

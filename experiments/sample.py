@@ -31,7 +31,7 @@ def load_byte_model(paths, device):
 
 
 def draw_bytes(model, text, n, temperature, top_p, generator):
-    """Yield the n bytes that come after a text, one by one. Its cost does not grow."""
+    """Yield the next n bytes of a text, one by one. Each costs the same."""
     given = torch.tensor([list(text)], device=model.head.weight.device)    # (1, T)
     state = None
     for _ in range(n):
@@ -66,6 +66,6 @@ def main():
 
 
 if __name__ == "__main__":
-    # Functions have one home, the module by its name, which is not __main__.
+    # As in all experiments, functions belong to this module and not to __main__.
     from experiments.sample import main
     common.run_command(main)

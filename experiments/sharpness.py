@@ -43,8 +43,8 @@ FURTHEST = 1e15     # tokens; a reach beyond has no end
 
 FACTORS = [1.25, 1.5, 2, 3, 4]
 LAST = "both, last layer"
-SHADE = {"W_Q": 0.4, "W_K": 0.6, "both": 0.8, LAST: 1.0}    # what is multiplied
-SCALED_BY = 3                                               # in the checkpoints written
+LINE = {"W_Q": ":", "W_K": "--", "both": "-.", LAST: "-"}    # what is multiplied
+SCALED_BY = 3       # this factor is in the checkpoints that are written
 MARKER = {"short": "v", "plain": "o", "sharp": "s", "scaled": "D"}
 
 # --- The text -------------------------------------------------------------------------
@@ -112,10 +112,13 @@ def own_weights(model, text, states):
     Returns the weights, (B, H, DIGITS), and sigma(q): (B, H, DIGITS, d_key).
     """
     *below, last = model.blocks
-    x, _ = model.read(text.start, None, below)
+    x, _ = model.run(below, text.start, None)
     _, k, _ = last.attention.project(last.norm1(x))
-    x, _ = model.read(text.end, states, below)
+    x, _ = model.run(below, text.end, states)
     q, _, _ = last.attention.project(last.norm1(x))
+    if isinstance(last.attention, Bfloat16Attention):
+        q = rounded(q)
+        k = rounded(k)
     sq = sigma(q[:, :, -DIGITS:])
     weights = sq @ sigma(k).mT                           # (B, H, DIGITS, S N)
 
@@ -126,26 +129,32 @@ def own_weights(model, text, states):
 
 
 def head_that_counts(model, text, states, added):
-    """Find the head that each answer would miss most if it read only hay, (B, 1, DIGITS)."""
+    """Find the head that each answer would miss most if it read only hay.
+
+    Returns (B, 1, DIGITS).
+    """
     *below, last = states
-    hay = grow(last, added, FURTHEST).memory
     without = []
     for head in range(model.config.n_heads):
         M = last.memory.M.clone()
         z = last.memory.z.clone()
-        M[:, head] = hay.M[:, head]
-        z[:, head] = hay.z[:, head]
+        M[:, head] = FURTHEST * added.M[:, head]         # so that the question's own
+        z[:, head] = FURTHEST * added.z[:, head]         # segment does not count
         flooded = last._replace(memory=Memory(M, z))
         without.append(ask(model, text, [*below, flooded]))
     return torch.stack(without, dim=1).argmin(dim=1, keepdim=True)
 
 
 def half_lengths(model, text, states, added):
-    """Compute the half lengths, (B, DIGITS). added: by a token of hay, in the last layer."""
+    """Compute the half lengths, (B, DIGITS).
+
+    added: what a token of hay adds to the last layer's memory.
+    """
     own, sq = own_weights(model, text, states)
     hay = (sq * added.z.unsqueeze(2)).sum(-1)            # (B, H, DIGITS)
     head = head_that_counts(model, text, states, added)
-    return (own / hay).gather(1, head).squeeze(1)
+    half = (own / hay).gather(1, head).squeeze(1)
+    return half.nan_to_num(nan=0.0, posinf=math.inf)     # in bfloat16 there is 0/0
 
 
 def first_below_zero(lengths, margins):
@@ -169,7 +178,7 @@ def first_below_zero(lengths, margins):
 def reaches(model, text, states, added, n):
     """Compute the reaches, (B, DIGITS), after n tokens. added: as in half_lengths."""
     *below, last = states
-    lengths = (n * torch.logspace(0, 12, 145).double()).tolist()
+    lengths = (n * torch.logspace(0, 12, 73).double()).tolist()
     margins = []
     for length in lengths:
         grown = grow(last, added, length - n)
@@ -235,7 +244,7 @@ def measure(model, keys, look=False):
 
 
 def rounded(x):
-    """Return the x whose exact sigma is that of x in bfloat16, where it is 0 below -6.25."""
+    """Return an input whose exact sigma is what x has in bfloat16, 0 below -6.25."""
     y = (F.elu(x.bfloat16()) + 1).to(x.dtype)
     return torch.where(y > 1, y - 1, y.log())
 
@@ -267,7 +276,7 @@ def in_bfloat16(model):
 
 @torch.no_grad()
 def multiply(model, matrices, factor):
-    """Return a copy with larger weights. matrices: a key of SHADE."""
+    """Return a copy with larger weights. matrices: a key of LINE."""
     model = deepcopy(model)
     blocks = model.blocks[-1:] if matrices == LAST else model.blocks
     for block in blocks:
@@ -315,7 +324,7 @@ def measure_file(path, n_keys):
 
     changed = {}
     if settings["training"] == "plain":
-        for matrices in SHADE:
+        for matrices in LINE:
             for factor in FACTORS:
                 larger = multiply(model, matrices, factor)
                 changed[matrices, factor] = measure(larger, keys)
@@ -331,7 +340,7 @@ HEADER = ["half, worst", "median", "reach, worst", "median", "lost, worst", "med
 
 
 def summary(digits):
-    """List the numbers of a row: the worst digit and the median one, and how many are wrong."""
+    """List what stands in a row, of the worst digit and of the median one."""
     numbers = []
     for lengths in digits.half_length, digits.reach, digits.lost:
         numbers += [lengths.min().item(), lengths.median().item()]
@@ -392,3 +401,150 @@ def print_errors(models):
             near = (off.abs() < math.log10(2)).double().mean()
             print_row(number, [len(off), f"{10 ** off.median():.2f}",
                                f"{off.abs().median():.3f}", f"{near:.0%}"], 26, 13)
+
+
+# --- Pictures -------------------------------------------------------------------------
+
+
+def prediction_title(models):
+    """Say which number tells where a digit is lost, if the data do."""
+    half = errors(models, "half_length").abs()
+    reach = errors(models, "reach").abs()
+    if len(half) and reach.median() < math.log10(1.1) and half.median() > math.log10(2):
+        return "The reach at 1K tells where a digit is lost, its half length only roughly"
+    return "Does a number measured at 1K tell where a digit is lost?"
+
+
+def draw_dots(axis, models, number):
+    """Draw a dot for each digit. An open one is not lost by LONGEST."""
+    top = 5 * LONGEST
+    for model in models:
+        digits = model.digits
+        x = getattr(digits, number).clamp(100, top)
+        found = digits.lost >= LONGEST
+        lost = ~digits.wrong & ~found
+        style = dict(marker=MARKER[model.way], edgecolors=common.COLOUR[model.rule],
+                     alpha=0.5, s=16, linewidths=0.7)
+        axis.scatter(x[lost], digits.lost[lost], color=common.COLOUR[model.rule], **style)
+        axis.scatter(x[found], torch.full_like(x[found], top), facecolors="none", **style)
+
+    axis.plot([1e3, LONGEST], [1e3, LONGEST], color="black", linewidth=0.8)
+    axis.axhline(2 ** 20, color="0.5", linewidth=0.6, linestyle=":")
+    axis.set(xscale="log", yscale="log", xlim=(80, 2 * top), ylim=(700, 3 * top))
+    axis.annotate("the line where they agree", (1e8, 1e8), xytext=(8, -8), fontsize=8,
+                  textcoords="offset points", va="top")
+
+
+def draw_predictions(models, path):
+    """Draw what both numbers tell, against where the digits are lost."""
+    figure, axes = common.new_figure(9.6, 5.2, columns=2, sharey=True)
+    left, right = axes
+    draw_dots(left, models, "half_length")
+    draw_dots(right, models, "reach")
+    left.set_xlabel("half length of a digit, at 1K (tokens of hay)")
+    right.set_xlabel("reach of a digit, at 1K (tokens of hay)")
+    left.set_ylabel("where it is lost (tokens of hay; open: not yet)")
+    right.text(100, 1.2 * 2 ** 20, "a million tokens", fontsize=8, color="0.5", va="bottom")
+
+    kinds = {}
+    for model in models:
+        kinds.setdefault((model.way, model.rule), []).append(model.seed)
+    for (way, rule), seeds in kinds.items():
+        right.scatter([], [], color=common.COLOUR[rule], marker=MARKER[way], s=20,
+                      label=f"{way} {rule}, seeds: {len(seeds)}")
+    right.legend(fontsize=8, loc="lower right")
+    figure.suptitle(prediction_title(models), fontsize=10)
+    common.save_figure(figure, path)
+
+
+def worst_reaches(models, matrices):
+    """Collect the reach of the worst digit, and whether one is wrong at 1K, by factor.
+
+    Returns two tensors, (factors, seeds).
+    """
+    reach = []
+    wrong = []
+    for factor in [1, *FACTORS]:
+        found = [model.changed.get((matrices, factor), model.digits) for model in models]
+        reach.append([digits.reach.min().clamp(max=FURTHEST).item() for digits in found])
+        wrong.append([digits.wrong.any().item() for digits in found])
+    return torch.tensor(reach), torch.tensor(wrong)
+
+
+def factor_title(models):
+    """Say which weights to multiply, if all seeds agree."""
+    ends = {}
+    for matrices in LINE:
+        reach, wrong = worst_reaches(models, matrices)
+        ends[matrices] = reach[FACTORS.index(SCALED_BY) + 1]
+    others = torch.stack([ends[matrices] for matrices in LINE if matrices != LAST])
+    if (ends[LAST] > others.amax(0)).all():
+        return (f"{SCALED_BY} times W_Q and W_K in the last layer alone: "
+                f"no digit is lost before {ends[LAST].min():.0e} tokens")
+    return "How far is a key found when weights are larger?"
+
+
+def draw_factors(models, path):
+    """Draw the reach of the worst digit, a mean over seeds and a point for each."""
+    factors = [1, *FACTORS]
+    figure, axes = common.new_figure(9.6, 4.4, columns=2, sharex=True, sharey=True)
+    for axis, rule in zip(axes, ("linear", "delta"), strict=True):
+        same = [model for model in models if model.rule == rule]
+        for matrices, line in LINE.items():
+            if not same:
+                continue
+            reach, wrong = worst_reaches(same, matrices)
+            mean = reach.log().mean(1).exp()
+            common.draw_line(axis, factors, mean, rule, matrices,
+                             linestyle=line, marker="")
+            common.draw_points(axis, factors, reach, rule)
+            for seed in range(len(same)):
+                at = wrong[:, seed].nonzero().flatten().tolist()
+                axis.plot([factors[i] for i in at], reach[at, seed], "kx", markersize=5)
+
+        axis.axhline(2 ** 20, color="0.5", linewidth=0.6, linestyle=":")
+        axis.set(yscale="log", xlim=(0.9, 5))
+        axis.set_title(f"{rule}, seeds: {len(same)}", fontsize=9)
+        axis.set_xlabel("factor (x: a digit is wrong at 1K already)")
+    axes[0].set_ylabel("reach of the worst digit (tokens of hay)")
+    for axis in axes:
+        common.spread_names(axis)
+    axes[0].text(0.92, 1.2 * 2 ** 20, "a million", fontsize=8, color="0.5", va="bottom")
+    figure.suptitle(factor_title(models), fontsize=10)
+    common.save_figure(figure, path)
+
+
+# --- The command ----------------------------------------------------------------------
+
+
+def main():
+    parser = common.new_parser("Measure at which length digits are lost, and why.")
+    common.add_files_argument(parser, "models with a memory, of passkey.py")
+    parser.add_argument("--keys", type=common.count, default=16, help="to ask for")
+    common.add_shared_arguments(parser, device=False)
+    args = parser.parse_args()
+    common.set_threads(args.threads)
+    for path in args.load:
+        _, settings = passkey.load_passkey_model(path)
+        if settings["training"] not in MARKER:
+            raise ValueError(f"{path} has no memory")
+
+    jobs = [(path, args.keys) for path in args.load]
+    models = list(side_by_side(measure_file, jobs))
+    print_table(models)
+    print_errors(models)
+    save_table(models, args.out / "sharpness.csv")
+    draw_predictions(models, args.out / "predict.png")
+
+    plain = [model for model in models if model.way == "plain"]
+    if plain:
+        draw_factors(plain, args.out / "sharpness.png")
+    for path, model in zip(args.load, models, strict=True):
+        if model.way == "plain":
+            save_scaled(path, args.out)
+
+
+if __name__ == "__main__":
+    # Worker processes find functions by the name of their module, which is not __main__.
+    from experiments.sharpness import main
+    common.run_command(main)

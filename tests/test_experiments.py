@@ -113,8 +113,10 @@ def rows_of(path):
 def cells_of(line):
     """Read a table's row. Returns its name, and a list of numbers for each cell."""
     name, rest = line.replace(",", "").split(maxsplit=1)
-    cells = re.findall(r"-?[\d.]+(?: \+- [\d.]+)?", rest)
-    return name, [[float(x) for x in cell.split(" +- ")] for cell in cells]
+    cells = []
+    for cell in re.findall(r"-?[\d.]+(?: \+- [\d.]+)?", rest):
+        cells.append([float(x) for x in cell.split(" +- ")])
+    return name, cells
 
 
 def mean_and_deviation(values):
@@ -268,16 +270,15 @@ def test_compare_saves_the_cost_of_every_segment(compared, library, tmp_path):
 
     expected = []
     for (kind, seed), values in costs.items():
+        who = [kind, str(seed), str(kept[kind])]
         for segment, cost in enumerate(values, 1):
-            expected.append([kind, str(seed), str(kept[kind]), "no", str(segment), cost])
+            expected.append([*who, "no", str(segment), pytest.approx(cost, rel=1e-5)])
         for segment, cost in enumerate(forgetful.get((kind, seed), []), 1):
-            expected.append([kind, str(seed), str(kept[kind]), "yes", str(segment), cost])
+            expected.append([*who, "yes", str(segment), pytest.approx(cost, rel=1e-5)])
 
     header, rows = rows_of(tmp_path / "compare.csv")
     assert header == ["kind", "seed", "numbers_kept", "forgets", "segment", "bits_per_byte"]
-    assert [row[:5] for row in rows] == [row[:5] for row in expected]
-    assert [float(row[5]) for row in rows] == pytest.approx([row[5] for row in expected],
-                                                            rel=1e-5)
+    assert [[*row[:5], float(row[5])] for row in rows] == expected
 
 
 def test_compare_draws_what_each_kind_saves_by_position(
@@ -346,9 +347,9 @@ def test_a_title_of_compare_is_a_finding_only_if_both_rules_win_with_each_seed(
     assert title(measurements(**fails_once), range(2)) == question
 
 
-def test_titles_of_compare_say_how_far_and_how_much_more(small):
+def test_titles_of_compare_say_how_far_it_helps_and_how_much_more_is_kept(small):
     measured = measurements(linear=[0.1, 0.2], delta=[0.2, 0.1])
-    assert "4 times the length" in compare.context_title(measured, range(2))
+    assert "beyond the length of training" in compare.context_title(measured, range(2))
     assert "keeps 7.8 times as much" in compare.memory_title(measured, range(2))
 
 
@@ -542,11 +543,12 @@ def test_plug_saves_and_draws_the_losses_on_the_way(figures, small, command, tmp
 
     header, rows = rows_of(tmp_path / "plug.csv")
     assert header == ["kind", "seed", "before", "after", "step", "training_bits_per_byte"]
+    saved = [(row[0], row[1], row[4], float(row[5])) for row in rows]
     expected = []
-    for (kind, seed), values in losses.items():
-        expected += [[kind, str(seed), "1", values[0]], [kind, str(seed), "2", values[1]]]
-    assert [[row[0], row[1], row[4], float(row[5])] for row in rows] == [
-        [kind, seed, step, pytest.approx(loss)] for kind, seed, step, loss in expected]
+    for (kind, seed), (first, second) in losses.items():
+        expected.append((kind, str(seed), "1", pytest.approx(first)))
+        expected.append((kind, str(seed), "2", pytest.approx(second)))
+    assert saved == expected
 
     [axis] = figures[0].axes
     lines = named_lines(axis)
@@ -708,9 +710,10 @@ def test_book_saves_and_draws_each_seed(figures, models, text, command, tmp_path
         gain = by_stretch(costs["local"] - costs[name])
         assert x == list(STRETCHES)
         assert y == pytest.approx(gain.mean(0), abs=1e-5)
-    gain = by_stretch(costs["local"] - costs["xl"])
-    assert points_of(axis, book.common.COLOUR["xl"]) == [
-        (list(STRETCHES), pytest.approx(values, abs=1e-5)) for values in gain]
+    for kind in ["xl", *RULES]:
+        points = points_of(axis, book.common.COLOUR[kind])
+        gain = by_stretch(costs["local"] - costs[kind])
+        assert points == [(list(STRETCHES), pytest.approx(y, abs=1e-5)) for y in gain]
 
 
 def test_book_shows_the_same_whatever_the_order_of_the_files(

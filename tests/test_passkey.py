@@ -116,6 +116,19 @@ def same_training(path, other):
     return same
 
 
+def note_calls(model):
+    """Return a list that grows by all tokens that the model absorbs."""
+    absorb = model.absorb
+    calls = []
+
+    def note(tokens, state=None):
+        calls.append(tokens)
+        return absorb(tokens, state)
+
+    model.absorb = note
+    return calls
+
+
 @pytest.fixture
 def no_training(monkeypatch):
     """Let the test fail at the first step of a training."""
@@ -487,6 +500,20 @@ def test_the_loss_of_an_answer_is_that_of_one_call_on_the_whole_input(keys, n_ha
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-10)
 
 
+@pytest.mark.parametrize("n_hay", [4, 64, 700])
+def test_segments_before_that_of_the_answer_are_only_read(n_hay):
+    hay = write_hay("paper", 30, None)[:n_hay]
+    inputs = write_input(one_key("9054"), hay, 0)[None]
+    model = small_model()
+    calls = note_calls(model)
+
+    passkey.answer_loss(model, inputs, 4)
+
+    read, = calls
+    assert read.shape[1] % 32 == 0
+    assert inputs.shape[1] - 5 - read.shape[1] < 32    # before the one that writes first
+
+
 def test_progress_shows_the_share_of_digits_that_are_right():
     tasks = [one_key("117"), one_key("905")]
     inputs = torch.stack([write_input(task, encode(""), 0) for task in tasks])
@@ -562,6 +589,18 @@ def test_in_sharp_w_q_and_w_k_grow_a_little_before_each_of_the_first_steps(
     for step in compute_losses("sharp", model):
         steps_grown = min(step + 1, n_growing)
         assert_grown(model, start, factor ** (steps_grown / n_growing))
+
+
+@pytest.mark.parametrize("steps", [1, 5, 25])
+@pytest.mark.parametrize("rule, factor", [("linear", 6), ("delta", 4)])
+def test_at_the_end_w_q_and_w_k_have_grown_by_the_whole_factor_in_any_number_of_steps(
+        rule, factor, steps, longest_asked):
+    model = new_model(f"infini-{rule}")
+    start = deepcopy(model.state_dict())
+
+    list(compute_losses("sharp", model, steps))
+
+    assert_grown(model, start, factor)
 
 
 @pytest.mark.parametrize("name", ["local", "short", "plain"])
@@ -646,9 +685,9 @@ def test_a_model_has_138000_parameters_and_segments_of_32_tokens():
     (["plain"], "linear", ["short", "plain"]),
     (["sharp"], "delta", ["short", "plain", "sharp"]),
     (["sharp", "local", "short"], "delta", ["short", "plain", "sharp"]),
-    (["local", "sharp"], "", ["local"]),
+    (["local", "sharp"], None, ["local"]),
     (["local"], "linear", []),
-    (["short"], "", []),
+    (["short"], None, []),
 ])
 def test_before_a_training_come_those_that_it_goes_on_from(ways, rule, planned):
     runs = plan_runs(ways, rule, seed=5)
@@ -662,16 +701,16 @@ def test_steps_and_lengths_are_those_of_the_table_in_the_results():
     table = {name: (way.start, way.steps, way.longest) for name, way in WAYS.items()}
 
     assert table == {
-        "local": ("", 4000, 256),
-        "short": ("", 4000, 256),
+        "local": (None, 4000, 256),
+        "short": (None, 4000, 256),
         "plain": ("short", 1600, 5000),
         "sharp": ("plain", 1600, 5000),
     }
 
 
-def test_local_is_trained_as_short_and_sharp_as_plain():
-    assert WAYS["local"] == WAYS["short"]
-    assert replace(WAYS["sharp"], start="short") == WAYS["plain"]
+def test_local_is_short_without_a_memory_and_sharp_is_plain_once_more_with_growth():
+    assert WAYS["local"] == replace(WAYS["short"], memory=False)
+    assert WAYS["sharp"] == replace(WAYS["plain"], start="plain", grows=True)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -691,14 +730,14 @@ def test_other_steps_hold_for_all_trainings():
 
 def test_the_file_of_a_training_has_its_way_rule_and_seed_in_its_name():
     sharp = Run("sharp", "delta", seed=2, steps=1)
-    local = Run("local", "", seed=0, steps=1)
+    local = Run("local", None, seed=0, steps=1)
 
     assert sharp.path("out") == Path("out/passkey-sharp-delta-seed2.pt")
     assert local.path("out") == Path("out/passkey-local-seed0.pt")
 
 
 @pytest.mark.parametrize("rule, kind", [
-    ("linear", "infini-linear"), ("delta", "infini-delta"), ("", "local-delta")])
+    ("linear", "infini-linear"), ("delta", "infini-delta"), (None, "local-delta")])
 def test_a_rule_decides_the_kind_of_model(rule, kind):
     config = Run("short", rule, 0, 1).config()
 
@@ -751,8 +790,21 @@ def test_a_training_gets_its_settings_and_whether_to_resume(resume, tmp_path, tr
         assert training.arguments == dict(run.settings(), resume=resume)
 
 
-def test_models_of_one_seed_begin_with_the_same_weights_whatever_the_rule(tmp_path, trainings):
-    for rule in ["", *RULES]:
+def test_a_model_is_trained_on_the_device_that_is_asked_for(tmp_path, monkeypatch):
+    devices = []
+
+    def note(model, loss_of, **settings):
+        devices.append(model.head.weight.device.type)
+
+    monkeypatch.setattr(train, "train", note)
+    passkey.train_runs(plan_runs(["short"], "delta", seed=0), tmp_path, device="meta")
+
+    assert devices == ["meta"]
+
+
+def test_models_of_one_seed_begin_with_the_same_weights_whatever_the_rule(
+        tmp_path, trainings):
+    for rule in [None, *RULES]:
         passkey.train_runs(plan_runs(["local", "short"], rule, seed=5), tmp_path)
 
     assert len({training.first_weight for training in trainings}) == 1
@@ -768,7 +820,7 @@ def test_the_command_trains_what_is_asked_for_and_looks_with_that(
     done = [training.arguments for training in trainings]
     assert code == 0
     assert [(a["training"], a["rule"]) for a in done] == [
-        ("local", ""), ("short", "linear"), ("plain", "linear"), ("short", "delta"),
+        ("local", None), ("short", "linear"), ("plain", "linear"), ("short", "delta"),
         ("plain", "delta")]
     assert {(a["seed"], a["steps"], a["resume"]) for a in done} == {(3, 9, False)}
 
@@ -787,7 +839,7 @@ def test_the_command_trains_only_the_rule_that_is_asked_for(tmp_path, trainings,
 
 
 @pytest.mark.parametrize("way, rule", [
-    ("local", ""), ("short", "linear"), ("sharp", "delta")])
+    ("local", None), ("short", "linear"), ("sharp", "delta")])
 def test_every_checkpoint_is_looked_at_before_the_first_step(
         way, rule, tmp_path, command, no_training):
     other = Run(way, rule, seed=0, steps=7)
@@ -969,19 +1021,6 @@ def test_the_cells_are_read_in_an_order_in_which_hay_only_grows():
     assert list(cells[0]) == [10, 39]
 
 
-def note_calls(model):
-    """Return a list that grows by all tokens that the model absorbs."""
-    absorb = model.absorb
-    calls = []
-
-    def note(tokens, state=None):
-        calls.append(tokens)
-        return absorb(tokens, state)
-
-    model.absorb = note
-    return calls
-
-
 def test_hay_is_read_once_for_all_keys_or_all_lengths(predictions, capsys):
     model = small_model()
     calls = note_calls(model)
@@ -1031,10 +1070,12 @@ def test_all_that_is_read_goes_to_the_models_device(monkeypatch):
         return torch.ones(3, 4)
 
     monkeypatch.setattr(passkey, "ask", note)
-    model = small_model().to("meta")    # which refuses tensors of other devices
+    model = small_model().to("meta")
+    calls = note_calls(model)
     list(passkey.evaluate(model, TASKS, [300], [0.5]))
 
     assert devices == ["meta", "meta", "meta"]
+    assert {tokens.device.type for tokens in calls} == {"meta"}
 
 
 @pytest.mark.parametrize("tasks", [
@@ -1165,7 +1206,7 @@ def test_short_stands_above_zero_shot_and_the_others_above_400_steps(
 
 
 @pytest.mark.parametrize("rule, changes", [
-    ("", {}),                                  # the paper shows no model without memory
+    (None, {}),                                # the paper shows no model without memory
     ("delta", dict(lengths=[2 ** 14])),
     ("delta", dict(depths=[0, 0.5])),
     ("delta", dict(hay="words")),
@@ -1218,7 +1259,7 @@ def test_a_search_in_other_text_is_made_in_that_text(tmp_path, monkeypatch):
 def test_every_cell_goes_into_the_csv_file(tmp_path, searches):
     paths = [
         save_run(Run("short", "delta", 7, 1), tmp_path),
-        save_run(Run("local", "", 0, 1), tmp_path),
+        save_run(Run("local", None, 0, 1), tmp_path),
     ]
 
     table = tmp_path / "new" / "a.csv"
@@ -1310,6 +1351,30 @@ def test_the_command_looks_where_and_for_what_it_is_asked(tmp_path, searches, co
     assert columns_of(row) == ["short delta 7", "25", "25"]
     assert {file.name for file in (tmp_path / "new").iterdir()} == {
         "passkey.csv", "passkey.png"}
+
+
+def test_the_command_trains_and_looks_on_the_device_that_is_asked_for(
+        tmp_path, command, monkeypatch):
+    path = save_run(Run("short", "delta", 7, 1), tmp_path)
+    devices = []
+
+    def train_runs(runs, out, device, resume):
+        devices.append(device)
+        return {"short": path}
+
+    def look(path, search, device):
+        devices.append(device)
+        return Looked("short", "delta", 7, found_with({64: [1]}, [0]))
+
+    monkeypatch.setattr(common, "usable_device", str)    # also one that is not there
+    monkeypatch.setattr(passkey, "train_runs", train_runs)
+    monkeypatch.setattr(passkey, "look", look)
+    code, _, _ = command(
+        passkey.main, "--training", "short", "--rule", "delta", "--device", "abacus",
+        "--lengths", 64, "--depths", 0, "--out", tmp_path)
+
+    assert code == 0
+    assert devices == ["abacus", "abacus"]
 
 
 def test_a_model_that_is_looked_with_stays_as_it_is(tmp_path, searches, command):
