@@ -227,13 +227,11 @@ def train(model, loss_of, steps, path, lr, gate_lr, resume=False, **others):
     settings = dict(steps=steps, lr=lr, gate_lr=gate_lr, **others)
     optimizer = make_optimizer(model, lr, gate_lr)
     losses = []
-    gates = []                                                    # a hundred on the way
 
     start = find_start(path, model.config, settings, resume)
     if start is not None:
         model.load_state_dict(start["model"])
         losses = start["losses"]
-        gates = start["gates"]
         if len(losses) < steps:
             optimizer.load_state_dict(start["optimizer"])
 
@@ -245,8 +243,6 @@ def train(model, loss_of, steps, path, lr, gate_lr, resume=False, **others):
         losses.append(take_step(model, optimizer, loss, share))
 
         done = step + 1
-        if model.config.attention == "infini" and done % math.ceil(steps / 100) == 0:
-            gates.append(model.gates().cpu())                     # (n_layers, n_heads)
         if done % SAVE_EVERY == 0 or done == steps:
             write_checkpoint(path, dict(
                 config=asdict(model.config),
@@ -254,7 +250,6 @@ def train(model, loss_of, steps, path, lr, gate_lr, resume=False, **others):
                 model=model.state_dict(),
                 optimizer=optimizer.state_dict() if done < steps else None,
                 losses=losses,
-                gates=gates,
             ))
         progress.show(done, n_tokens, loss=losses[-1], **numbers)
     return losses

@@ -1,4 +1,4 @@
-"""The claims of README.md, RESULTS.md and the lesson about themselves and the tree."""
+"""The claims of README.md and RESULTS.md about themselves and the tree."""
 
 import argparse
 import ast
@@ -7,11 +7,9 @@ import re
 import sys
 from pathlib import Path
 
-import nbformat
 import pytest
 
 import passkey
-from experiments import lesson
 
 ROOT = Path(passkey.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -33,10 +31,6 @@ def read_code():
 def experiments():
     """Return the names of all experiments."""
     return sorted(path.stem for path in ROOT.glob("experiments/*.py"))
-
-
-def notebook():
-    return nbformat.read(ROOT / "walkthrough.ipynb", as_version=4)
 
 
 # --- The tree -------------------------------------------------------------------------
@@ -67,8 +61,8 @@ def test_data_flows_from_infini_to_train_to_passkey_to_experiments(name, forbidd
     assert not imported & forbidden
 
 
-@pytest.mark.parametrize("name", sorted(set(experiments()) - {"lesson"}))
-def test_experiments_do_not_import_each_other(name):
+@pytest.mark.parametrize("name", sorted(set(experiments()) - {"lesson", "phantom"}))
+def test_experiments_but_lesson_and_phantom_do_not_import_each_other(name):
     code = read_code()[f"experiments/{name}.py"].split("if __name__")[0]
 
     others = re.findall(r"^from experiments[. ].*", code, re.MULTILINE)
@@ -78,14 +72,14 @@ def test_experiments_do_not_import_each_other(name):
 
 @pytest.mark.parametrize("name", sorted(set(experiments()) - NO_FIGURE))
 def test_an_experiment_is_a_file_a_test_and_a_section_of_the_results(name):
-    tests = (ROOT / "tests/test_experiments.py").read_text(encoding="utf-8")
+    tests = [path.read_text(encoding="utf-8") for path in ROOT.glob("tests/test_*.py")]
     sections = RESULTS.split("\n## ")
 
     own = [section for section in sections if f"\nexperiments/{name}.py" in section]
 
     assert len(own) == 1
     assert f"python -m experiments.{name}" in own[0]
-    assert f"def test_{name}_" in tests
+    assert f"def test_{name}_" in "\n".join(tests)
 
 
 def test_the_tree_in_the_readme_names_every_file_and_no_other():
@@ -215,61 +209,3 @@ def test_every_command_on_the_pages_is_one_that_its_parser_takes(command, monkey
 
     with pytest.raises(Parsed):
         importlib.import_module(module).main()
-
-
-# --- The lesson -----------------------------------------------------------------------
-
-
-def outputs():
-    found = []
-    for cell in notebook().cells:
-        found += cell.get("outputs", [])
-    return found
-
-
-def texts_of(output):
-    """Return all text of an output, without pictures."""
-    texts = [output.get("text", "")]
-    for kind, data in output.get("data", {}).items():
-        if not kind.startswith("image"):
-            texts.append(str(data))
-    return "\n".join(texts)
-
-
-def test_the_lesson_runs_from_top_to_bottom_without_a_warning(walkthrough_run):
-    for cell in walkthrough_run.cells:
-        for output in cell.get("outputs", []):
-            assert output.get("name") != "stderr"
-
-
-def test_the_saved_outputs_of_the_lesson_are_of_this_code():
-    saved = notebook().metadata["stamp"]
-
-    assert saved == lesson.stamp(), "refresh it: python -m experiments.lesson"
-
-
-def test_the_saved_lesson_holds_no_warning_and_no_path_of_the_machine_that_made_it():
-    for output in outputs():
-        text = texts_of(output)
-        assert output.get("name") != "stderr"
-        assert "Warning" not in text and "Traceback" not in text
-        assert not re.search(r"(?<![\w.)])(~|[A-Za-z]:\\|/)[\w.-]+[/\\]\w", text), text
-
-
-def test_the_lesson_is_as_short_as_it_promises():
-    cells = [cell for cell in notebook().cells if cell.cell_type == "code"]
-
-    longest = max(len(cell.source.splitlines()) for cell in cells)
-
-    assert len(cells) <= 45
-    assert longest <= 15
-    assert (ROOT / "walkthrough.ipynb").stat().st_size < 1_200_000
-
-
-def test_every_name_of_our_code_that_the_lesson_mentions_is_there():
-    prose = "\n".join(c.source for c in notebook().cells if c.cell_type == "markdown")
-
-    named = re.findall(r"`(infini|train|passkey|experiments\.\w+)\.(?!py\b)(\w+)", prose)
-
-    for module, name in named:
-        assert hasattr(importlib.import_module(module), name), f"{module}.{name}"

@@ -106,10 +106,6 @@ def assert_same_training(path, other):
     assert one["settings"] == two["settings"]
     assert same_weights(one["model"], two["model"])
 
-    assert len(one["gates"]) == len(two["gates"])
-    for gates, others in zip(one["gates"], two["gates"], strict=True):
-        assert torch.equal(gates, others)
-
 
 def bits_of_bytes(model, tokens):
     """The bits of each byte but the first, from probabilities in float64. (B, T - 1)."""
@@ -500,21 +496,6 @@ def test_a_checkpoint_holds_the_model_its_settings_and_every_loss(kind, tmp_path
     assert settings == dict(steps=7, lr=0.01, gate_lr=0.1, seed=0, text="abc")
     assert read_checkpoint(path)["losses"] == losses
     assert len(losses) == 7
-
-
-@pytest.mark.parametrize("steps, every", [(7, 1), (100, 1), (101, 2)])
-def test_a_checkpoint_holds_the_gates_at_up_to_a_hundred_steps(steps, every, tmp_path):
-    gates = []
-
-    def loss_of(model, step):
-        gates.append(model.gates())
-        return gate_loss(model, step)
-
-    model, _ = train_toy(tmp_path / "a.pt", steps, loss_of)
-
-    gates.append(model.gates())    # after so many steps
-    found = read_checkpoint(tmp_path / "a.pt")["gates"]
-    assert torch.equal(torch.stack(found), torch.stack(gates)[every::every])
 
 
 def test_a_finished_training_does_not_keep_the_state_of_its_optimizer(tmp_path):

@@ -1,4 +1,4 @@
-"""The experiments on language, in small. What they show is computed another way."""
+"""The experiments on language, run in small. What they show is computed another way."""
 
 import csv
 import hashlib
