@@ -217,7 +217,9 @@ def side_by_side(function, jobs):
 
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(n_workers, context, begin_worker) as pool:
-        yield from pool.map(call, repeat(function), [Copy(job) for job in jobs])
+        results = pool.map(call, repeat(function), [Copy(job) for job in jobs])
+        pool.submit(os.getpid)    # without one job more, the last worker may die unseen
+        yield from results
 
 
 # --- Tables ---------------------------------------------------------------------------

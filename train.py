@@ -175,7 +175,9 @@ def read_checkpoint(path):
         content = torch.load(data, map_location="cpu", weights_only=True)
         model = InfiniTransformer(InfiniConfig(**content["config"]))
         model.load_state_dict(content["model"])
-        return dict(content, settings=dict(content["settings"]))
+        content["settings"] = dict(content["settings"])
+        names = ["config", "settings", "model", "optimizer", "losses"]
+        return {name: content[name] for name in names}
     except Exception as error:    # torch.load has many kinds
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"{path} is no checkpoint of this version ({reason})") from None
@@ -235,6 +237,7 @@ def train(model, loss_of, steps, path, lr, gate_lr, resume=False, **others):
         if len(losses) < steps:
             optimizer.load_state_dict(start["optimizer"])
 
+    Path(path).parent.mkdir(parents=True, exist_ok=True)          # fails now, or never
     model.train()
     progress = Progress(Path(path).stem, steps, len(losses))
     for step in range(len(losses), steps):

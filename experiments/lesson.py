@@ -186,7 +186,8 @@ def idea_figure():
     sketch = Sketch(9, 3.5, 90)
     sketch.text(45, 33.2, "The memory has the same size after 32 tokens and a million", 12,
                 weight="bold")
-    sketch.text(45, 29.8, "a matrix M and a vector z per head, 8,448 numbers in all eight heads")
+    sketch.text(45, 29.8, "a matrix M and a vector z per head, 8,448 numbers in all "
+                "eight heads")
 
     segments = [
         (1, 16, "segment 1", "The grass is\ngreen. ... (hay)"),
@@ -445,12 +446,12 @@ def draw_capacity():
 
 def print_untrained():
     """Print what untrained memories return for their pairs, and name of their values."""
-    common.print_row("d_key 16; pairs stored", phantom.UNTRAINED_PAIRS, 24, 11)
+    common.print_row("d_key 16; pairs stored", phantom.UNTRAINED_PAIRS, 24, 12)
     for kind in ("sparse", "random"):
         for rule in UPDATE:
             found = phantom.measure_untrained(kind, rule, neutral=False)
             cells = [f"{error:.2f}, {right:.0f}%" for error, right in found.values()]
-            common.print_row(f"{kind} keys, {rule}", cells, 24, 11)
+            common.print_row(f"{kind} keys, {rule}", cells, 24, 12)
 
 
 # --- The layer ------------------------------------------------------------------------
@@ -691,7 +692,7 @@ def print_factors(model):
     for name, changed_model in rows.items():
         half, reach = measure_digits(changed_model)
         near = digits_right(changed_model, 1000, 0.0)
-        far = digits_right(changed_model, 2 ** 17, 0.0, n_keys=10)
+        far = digits_right(changed_model, 2 ** 17, 0.0, n_keys=5)
         cells = [f"{median(half):.2g}", f"{median(reach):.2g}", f"{100 * near:.0f}",
                  f"{100 * far:.0f}"]
         common.print_row(name, cells, 30, 12)
@@ -1019,6 +1020,7 @@ def as_tuple(result):
 # --- A moving picture -----------------------------------------------------------------
 
 STOPS = [round(41_667 ** (i / 44)) for i in range(45)]     # paragraphs, a million tokens
+STILL = 28                                                 # frames at the end, four seconds
 FOLLOWED = {"plain": "passkey-plain.pt", "sharp": "passkey-linear.pt"}
 FULL = LogNorm(1e-3, 1e6)                                 # colours of M and z
 
@@ -1145,7 +1147,7 @@ def draw_million(path, key="9054"):
                 left.set_ylabel(name, fontsize=15, weight="bold")
                 draw_bars(axes[name], moment, key)
             writer.grab_frame()
-        for _ in range(28):                               # four seconds to read
+        for _ in range(STILL):
             writer.grab_frame()
 
 
