@@ -713,12 +713,11 @@ def without_positions(model, layer):
 
 
 @torch.no_grad()
-def with_gates(model, shut=(), opened=()):
-    """Return a copy with some gates shut or opened, each (layer, head), counted from 1."""
+def with_gates_shut(model, shut):
+    """Return a copy with some gates shut, each (layer, head), counted from 1."""
     model = deepcopy(model)
-    for layer, head in [*shut, *opened]:
-        beta = model.blocks[layer - 1].attention.beta
-        beta[head - 1] = -20.0 if (layer, head) in shut else 20.0
+    for layer, head in shut:
+        model.blocks[layer - 1].attention.beta[head - 1] = -20.0
     return model
 
 
@@ -753,7 +752,7 @@ def heads_that_matter(model):
     """
     losses = []
     for head in range(4):
-        without = with_gates(model, shut=[(2, head + 1)])
+        without = with_gates_shut(model, [(2, head + 1)])
         _, _, loss = look_inside(without, draw_tasks(20, held_out=False))
         losses.append(loss.mean(0))
     return torch.stack(losses).argmax(0).tolist()
@@ -914,9 +913,9 @@ def show_slider(model, key="9054", digit=1):
 GATES = [(layer, head) for layer in (1, 2) for head in (1, 2, 3, 4)]
 
 
-def found_with_gates(model, shut=(), opened=()):
+def found_without(model, shut):
     """Return the share of digits found at 512 tokens, 20 keys at each of three depths."""
-    model = with_gates(model, shut, opened)
+    model = with_gates_shut(model, shut)
     shares = [digits_right(model, 512, depth) for depth in (0.0, 0.5, 1.0)]
     return sum(shares) / 3
 
@@ -924,14 +923,14 @@ def found_with_gates(model, shut=(), opened=()):
 def print_gates_shut(models):
     """Print the digits that are found when whole layers are shut, or all gates but one."""
     for name, model in models.items():
-        as_trained = found_with_gates(model)
-        layers = [found_with_gates(model, shut=part) for part in (GATES[:4], GATES[4:])]
+        as_trained = found_without(model, [])
+        layers = [found_without(model, part) for part in (GATES[:4], GATES[4:])]
         print(f"{name}: as trained {as_trained:.0%}, layer 1 shut {layers[0]:.0%}, "
               f"layer 2 shut {layers[1]:.0%}")
         alone = []
         for gate in GATES:
             others = [other for other in GATES if other != gate]
-            alone.append(found_with_gates(model, shut=others))
+            alone.append(found_without(model, others))
         print(f"    only one gate open: layer 1 {percents(alone[:4])}%, "
               f"layer 2 {percents(alone[4:])}%")
 
@@ -942,7 +941,7 @@ def draw_gates(models):
     for row, (name, model) in zip(axes, models.items(), strict=True):
         left, right = row
         common.heat_map(left, model.gates().tolist(), 1, "{:.2f}", range(1, 5), range(1, 3))
-        found = [100 * found_with_gates(model, shut=[gate]) for gate in GATES]
+        found = [100 * found_without(model, [gate]) for gate in GATES]
         image = common.heat_map(right, [found[:4], found[4:]], 100, "{:.0f}", range(1, 5),
                                 range(1, 3))
 

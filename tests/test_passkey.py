@@ -829,13 +829,14 @@ def test_the_command_trains_what_is_asked_for_and_looks_with_that(
         "local - 3", "plain linear 3", "plain delta 3"]
 
 
-def test_the_command_trains_only_the_rule_that_is_asked_for(tmp_path, trainings, command):
+def test_the_command_trains_only_the_rule_that_is_asked_for_and_the_control(
+        tmp_path, trainings, command):
     code, _, _ = command(
-        passkey.main, "--training", "short", "--rule", "delta", "--out", tmp_path,
+        passkey.main, "--training", "local,short", "--rule", "delta", "--out", tmp_path,
         "--lengths", 64, "--keys", 1)
 
     assert code == 0
-    assert [training.arguments["rule"] for training in trainings] == ["delta"]
+    assert [training.arguments["rule"] for training in trainings] == [None, "delta"]
 
 
 @pytest.mark.parametrize("way, rule", [
@@ -1394,7 +1395,9 @@ def test_without_options_it_looks_as_the_readme_shows(tmp_path, searches, comman
     code, out, _ = command(passkey.main, "--load", path, "--out", tmp_path)
 
     _, title, header, *_ = out.splitlines()
+    (_, keys), _ = searches
     assert code == 0
+    assert keys[:2] == ["2363", "4157"]    # those of RESULTS.md
     assert title.endswith("key at 0%/50%/100% of hay, 20 keys (10 above 32K)")
     assert columns_of(header)[1:] == ["1K", "32K", "128K", "256K", "512K", "1M"]
 
