@@ -38,7 +38,7 @@ def add_files_argument(parser, help, required=True):
 
 def add_shared_arguments(parser, device=True):
     """Add where files go and what computes."""
-    parser.add_argument("--out", type=path, default="out", help="folder for all files")
+    parser.add_argument("--out", type=folder, default="out", help="for all files")
     if device:
         parser.add_argument("--device", type=usable_device, default="cpu",
                             help="or cuda, or mps")
@@ -82,6 +82,16 @@ def path(text):
     if not text:
         raise ValueError
     return Path(text)
+
+
+def folder(text):
+    """Read the path of a folder and make it, as an argument's type."""
+    made = path(text)
+    try:
+        made.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        raise ValueError from None
+    return made
 
 
 def usable_device(text):

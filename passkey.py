@@ -591,7 +591,7 @@ def table(paths, search, csv_path, device="cpu"):
 
 def draw(results, search, path):
     """Draw a heat map for each model, two beside each other if their number is even."""
-    columns = 2 - len(results) % 2
+    columns = 1 if len(results) % 2 == 1 else 2
     rows = len(results) // columns
     height = max(2.4, 0.2 * len(search.depths))
     figure, axes = common.new_figure(6 * columns, 0.8 + height * rows, rows, columns,
@@ -627,8 +627,8 @@ def add_search_arguments(parser, lengths):
     add("--eval-seed", type=common.seed, default=1234, help="draws these keys")
 
 
-def way_name(text):
-    """Read the name of a way, as an argument's type."""
+def training(text):
+    """Read the name of a way of training, as an argument's type."""
     if text not in WAYS:
         raise ValueError
     return text
@@ -659,7 +659,7 @@ def main():
     parser = common.new_parser("Find a pass key in up to a million tokens.")
     what = parser.add_mutually_exclusive_group()
     common.add_files_argument(what, "only look, with these models", required=False)
-    what.add_argument("--training", type=common.listed(way_name),
+    what.add_argument("--training", type=common.listed(training),
                       default="local,short,plain,sharp", help="see WAYS in passkey.py")
 
     add = parser.add_argument_group("for training").add_argument

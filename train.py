@@ -237,7 +237,6 @@ def train(model, loss_of, steps, path, lr, gate_lr, resume=False, **others):
         if len(losses) < steps:
             optimizer.load_state_dict(start["optimizer"])
 
-    Path(path).parent.mkdir(parents=True, exist_ok=True)          # fails now, or never
     model.train()
     progress = Progress(Path(path).stem, steps, len(losses))
     for step in range(len(losses), steps):

@@ -31,6 +31,7 @@ from infini import (
     InfiniConfig,
     InfiniTransformer,
     Memory,
+    XLAttention,
     generate,
     stream,
 )
@@ -163,13 +164,7 @@ def layer_read(layer, x):
 class OneByOne(InfiniAttention):
     """Reads one segment after the other, as Eq. 4 says, and not all at once."""
 
-    def segments(self, q, k, v, state):
-        outputs = []
-        for start in range(0, k.shape[2], self.N):
-            now = slice(start, start + self.N)
-            a, state = self.segment(q[:, :, now], k[:, :, now], v[:, :, now], state)
-            outputs.append(a)
-        return torch.cat(outputs, dim=2), state
+    segments = XLAttention.segments
 
 
 def one_by_one_model(config):

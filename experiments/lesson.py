@@ -682,20 +682,22 @@ def print_loss_and_gradient(models):
 
 def print_factors(model):
     """Print what larger W_Q and W_K do to a model that is not trained any further."""
+    names = {"W_Q": "W_Q, both layers", "W_K": "W_K, both layers",
+             "both": "W_Q and W_K, both layers", sharpness.LAST: "W_Q and W_K, last layer"}
     rows = {"as trained": model}
-    for matrices, factor in ("W_Q", 1.5), ("W_K", 1.5), ("both", 1.5), ("both", 3):
+    for matrices, factor in [("W_Q", 1.5), ("W_K", 1.5), ("both", 1.5), ("both", 3),
+                             (sharpness.LAST, 3)]:
         larger = sharpness.multiply(model, matrices, factor)
-        rows[f"{matrices}, both layers, times {factor}"] = larger
-    rows["both, last layer, times 3"] = sharpness.multiply(model, sharpness.LAST, 3)
+        rows[f"{names[matrices]}, times {factor}"] = larger
 
-    common.print_row("", ["half length", "reach", "% at 1K", "% at 128K"], 30, 12)
+    common.print_row("", ["half length", "reach", "% at 1K", "% at 128K"], 36, 12)
     for name, changed_model in rows.items():
         half, reach = measure_digits(changed_model)
         near = digits_right(changed_model, 1000, 0.0)
         far = digits_right(changed_model, 2 ** 17, 0.0, n_keys=5)
         cells = [f"{median(half):.2g}", f"{median(reach):.2g}", f"{100 * near:.0f}",
                  f"{100 * far:.0f}"]
-        common.print_row(name, cells, 30, 12)
+        common.print_row(name, cells, 36, 12)
 
 
 # --- Inside the trained head ----------------------------------------------------------

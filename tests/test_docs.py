@@ -194,7 +194,8 @@ class Parsed(Exception):
 
 
 @pytest.mark.parametrize("command", sorted(set(commands_of(README) + commands_of(RESULTS))))
-def test_every_command_on_the_pages_is_one_that_its_parser_takes(command, monkeypatch):
+def test_every_command_on_the_pages_is_one_that_its_parser_takes(
+        command, monkeypatch, tmp_path):
     words = command.replace("FILE ...", "a.pt").replace("FILE", "a.pt").split()
     arguments = words[3:] if words[1] == "-m" else words[2:]
     module = words[2] if words[1] == "-m" else words[1].removesuffix(".py")
@@ -204,6 +205,7 @@ def test_every_command_on_the_pages_is_one_that_its_parser_takes(command, monkey
         parse(parser)
         raise Parsed
 
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
     monkeypatch.setattr(sys, "argv", ["command", *arguments])
 
