@@ -322,7 +322,7 @@ def draw_line(axis, x, y, kind, label, shade=1.0, **style):
     axis.plot(x, y, **{**options, **style})
     axis.spines[["top", "right"]].set_visible(False)    # names may stand there
     axis.annotate(label, (x[-1], y[-1]), xytext=(5, 0), textcoords="offset points",
-                  color=COLOUR[kind], va="center", fontsize=8)
+                  color=COLOUR[kind], alpha=shade, va="center", fontsize=8)
 
 
 def draw_points(axis, x, y, kind, size=3):

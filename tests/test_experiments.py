@@ -954,7 +954,7 @@ def test_bench_training_peak_holds_what_is_stored_and_less_with_checkpoint():
     peak_stored = bench.in_new_process(bench.training_peak, stored, 16, 512)
     peak_again = bench.in_new_process(bench.training_peak, again, 16, 512)
 
-    assert 30 < least < peak_stored < 10 * least
+    assert 30 < least < peak_stored < 20 * least
     assert peak_again < 0.6 * peak_stored
 
 
