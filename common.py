@@ -144,7 +144,7 @@ def keep_freed_memory():
     glibc raises its threshold to the largest block that was ever freed. Streaming is a
     fifth faster then, since pages need not be made anew for each call.
     """
-    torch.empty(8_000_000)
+    torch.empty(8_000_000)    # 32 MB, just below the largest threshold that glibc allows
 
 
 def set_threads(n):

@@ -272,16 +272,18 @@ def way_loss(name, seed, steps):
     way = WAYS[name]
 
     def loss_of(model, step):
-        factor, share = GROWTH[model.config.update]
-        n_growing = max(1, round(share * steps))
-        if way.grows and step < n_growing:
-            sharpen(model, factor ** (1 / n_growing))
+        if way.grows:
+            factor, share = GROWTH[model.config.update]
+            n_growing = max(1, round(share * steps))
+            if step < n_growing:
+                sharpen(model, factor ** (1 / n_growing))
 
         grown = 1.0
         if not way.start:
             grown = min(1.0, step / steps / 0.3)
         longest = SHORTEST * (way.longest / SHORTEST) ** grown
 
+        # "local" and "short" see the same inputs, and so do "linear" and "delta".
         rng = random.Random(f"{seed} after {way.start}/{step}")
         inputs, digits = draw_inputs(rng, way, longest, model.config.segment_len)
         return answer_loss(model, inputs.to(model.head.weight.device), digits)

@@ -415,6 +415,4 @@ def print_report(model, pieces):
 
 
 if __name__ == "__main__":
-    # Worker processes find functions by the name of their module, which is not __main__.
-    from train import main
     common.run_command(main)

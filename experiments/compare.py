@@ -2,8 +2,9 @@
 
     python -m experiments.compare
 
-Five kinds of attention learn the same text, all else equal. They are scored on text that
-they have not seen, in pieces of four times the length of a training sequence.
+Five kinds of attention learn the same text, all else equal. The table scores them on text
+that they have not seen, in pieces as long as a training sequence. The picture goes on to
+four times this length.
 """
 
 from dataclasses import dataclass

@@ -66,6 +66,4 @@ def main():
 
 
 if __name__ == "__main__":
-    # As in all experiments, functions belong to this module and not to __main__.
-    from experiments.sample import main
     common.run_command(main)

@@ -57,6 +57,4 @@ def main():
 
 
 if __name__ == "__main__":
-    # Worker processes find functions by the name of their module, which is not __main__.
-    from experiments.texts import main
     common.run_command(main)

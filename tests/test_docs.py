@@ -171,14 +171,14 @@ def test_links_and_pictures_lead_to_files_that_are_there(page):
     assert not missing
 
 
-@pytest.mark.parametrize("page", [README, RESULTS], ids=["README", "RESULTS"])
-def test_links_inside_a_page_lead_to_a_heading(page):
-    headings = re.findall(r"^#+ (.+)$", page, re.MULTILINE)
+def test_links_inside_the_results_lead_to_a_heading():
+    headings = re.findall(r"^#+ (.+)$", RESULTS, re.MULTILINE)
     plain = [re.sub(r"[^\w -]", "", heading.lower()) for heading in headings]
     anchors = {heading.replace(" ", "-") for heading in plain}
 
-    links = re.findall(r"\]\(#([\w-]+)\)", page)
+    links = re.findall(r"\]\(#([\w-]+)\)", RESULTS)
 
+    assert links
     assert set(links) <= anchors
 
 
