@@ -650,7 +650,7 @@ def test_a_state_has_the_size_of_table_1(kind, T, chunk_len):
 
 
 @pytest.mark.parametrize("chunk_len", [7, 20, 100])
-@pytest.mark.parametrize("T", [5, 53, 60])
+@pytest.mark.parametrize("T", [3, 5, 53, 60])
 @each_kind
 def test_a_state_is_no_view_of_something_larger(kind, T, chunk_len):
     model = make(kind, n_layers=1)
@@ -1896,8 +1896,8 @@ def test_a_state_of_another_number_of_documents_is_refused(kind, before, now):
 @each_kind
 def test_an_encoder_refuses_a_state_with_open_tokens(kind):
     model = make(kind, causal=False)
-    tokens = tokens_of(2, 13)
-    _, state = model(tokens)
+    tokens = tokens_of(2, 11)
+    _, state = model(tokens)                             # a single token is left open
 
     with pytest.raises(ValueError, match="^state has open tokens"):
         model(tokens, state)
