@@ -651,8 +651,8 @@ def inject_memory(model, update="delta", gate_init=0.0):
 
     Returns a new model with a copy of every weight. New are only the betas, which start at
     `gate_init`. At -20 nothing changes yet. At 0 the untrained memory starts with half the
-    weight. In the new model no weights are tied or frozen. Raises ValueError if the model is
-    of another kind or has weights of its own.
+    weight. In the new model no weights are tied or frozen. Raises ValueError if the model
+    is of another kind or has weights of its own.
     """
     if model.config.attention != "local":
         raise ValueError(f"model must be of kind local, not {model.config.attention}")
