@@ -38,7 +38,7 @@ def add_files_argument(parser, help, required=True):
 
 def add_shared_arguments(parser, device=True):
     """Add where files go and what computes."""
-    parser.add_argument("--out", type=folder, default="out", help="for all files")
+    parser.add_argument("--out", type=folder, default="out", help="folder for all files")
     if device:
         parser.add_argument("--device", type=usable_device, default="cpu",
                             help="or cuda, or mps")

@@ -93,6 +93,17 @@ def test_a_parser_shows_what_it_takes_by_default():
     assert "folder for all files (default: out)" in parser.format_help()
 
 
+def test_the_folder_for_files_is_made_and_a_file_is_refused(tmp_path, capsys):
+    parser = parser_with(common.add_shared_arguments)
+    (tmp_path / "file").touch()
+
+    args = parser.parse_args(["--out", str(tmp_path / "new" / "out")])
+
+    assert args.out.is_dir()
+    line = refusal(parser, ["--out", str(tmp_path / "file")], capsys)
+    assert "--out: invalid folder value" in line
+
+
 def test_a_parser_does_not_guess_abbreviations(capsys):
     parser = parser_with(common.add_shared_arguments)
 
@@ -104,7 +115,7 @@ def test_a_refusal_names_the_option_and_what_it_must_be(capsys):
     parser.add_argument("--depths", type=common.listed(common.percent))
 
     assert "--threads: invalid count value: '0'" in refusal(parser, ["--threads=0"], capsys)
-    assert "--out: invalid path value: ''" in refusal(parser, ["--out="], capsys)
+    assert "--out: invalid folder value: ''" in refusal(parser, ["--out="], capsys)
     line = refusal(parser, ["--depths=0,101"], capsys)
     assert "--depths: invalid list of percent value: '0,101'" in line
 
