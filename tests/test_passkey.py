@@ -96,7 +96,6 @@ def save(path, model, settings, losses=()):
         model=model.state_dict(),
         optimizer=None,
         losses=list(losses),
-        gates=[],
     ))
     return path
 
